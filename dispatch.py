@@ -1,0 +1,250 @@
+"""Exact attention, forward and backward, on any NVIDIA GPU: `from dispatch import attention`.
+
+`attention` computes softmax(scale * q k^T) v and its gradients through the fastest kernel that serves the problem;
+`explain` says which one that is and why each other one is not; `python -m dispatch` is the command line. Semantics in
+docs/semantics.md. Importing this module imports no kernel: each backend loads on its first use.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from fa4_core import backends, ops
+from fa4_core.problem import DEFAULT_RESCALE_THRESHOLD, UNBOUNDED, Inputs, Kinds
+
+if TYPE_CHECKING:
+    from fa4_core.backends import Backend
+
+__all__ = ["Choice", "attention", "explain"]
+__version__ = "0.1.0"
+
+BackendName = Literal["auto", "triton", "cute", "reference"]
+Window = tuple[int | None, int | None]
+
+AUTO_ORDER = {"cuda": ("cute", "triton"), "cpu": ("reference",)}
+"""What `auto` tries on a device type, in this order. The reference is never an automatic choice on a GPU."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `auto` (or the named backend) runs, and for each backend that does not run, why."""
+
+    backend: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join([f"runs on {self.backend}", *(f"not {name}: {why}" for name, why in self.reasons.items())])
+
+
+class UnsupportedError(NotImplementedError):
+    """No backend, or not the one named, serves the problem; the message names what is missing."""
+
+
+def _objection(name: str, kinds: Kinds, device: torch.device) -> str | None:
+    """Why the backend cannot serve the problem, or None."""
+    backend = backends.load(name)
+    why = backend.unavailable(device)
+    if why is not None:
+        return why
+    missing = backend.missing(kinds, device)
+    return f"does not support {', '.join(missing)}" if missing else None
+
+
+def _choose(kinds: Kinds, device: torch.device, name: str) -> Backend:
+    """The backend that runs the problem.
+
+    Raises:
+        ValueError: there is no backend called `name`.
+        NotImplementedError: the named backend, or every automatic one, cannot serve; the message says why.
+    """
+    if name != "auto":
+        backend = backends.load(name)
+        why = _objection(name, kinds, device)
+        if why is not None:
+            raise UnsupportedError(f"backend={name!r}: {why}")
+        return backend
+    reasons = []
+    for candidate in AUTO_ORDER.get(device.type, ()):
+        why = _objection(candidate, kinds, device)
+        if why is None:
+            return backends.load(candidate)
+        reasons.append(f"{candidate}: {why}")
+    raise UnsupportedError(
+        f"no backend serves this problem on {device.type}: {'; '.join(reasons) or 'unknown device type'}"
+    )
+
+
+ops.set_chooser(_choose)
+
+
+def _float(name: str, value: float | None, default: float | None) -> float | None:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, accepted are numbers or None")
+    return value
+
+
+def _bool(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, accepted is a bool")
+    return value
+
+
+def _side(side: str, value: int | None) -> int:
+    if value is None:
+        return UNBOUNDED
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"window: {side} is a {type(value).__name__}, accepted are integers or None")
+    return value
+
+
+def _window(window: Window, causal: bool) -> tuple[int, int]:
+    """(left, right) with -1 for unbounded; causal caps right at 0."""
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"window: got {window!r}, accepted is a pair (left, right)")
+    left, right = _side("left", window[0]), _side("right", window[1])
+    if right < UNBOUNDED:
+        raise ValueError(f"window: right is {right}, accepted are integers >= 0, and None or -1 for unbounded")
+    return left, 0 if causal else right
+
+
+def _arguments(
+    q, k, v, causal, window, softmax_scale, softcap, sink, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    seqused_q, seqused_k, page_table, rescale_threshold, deterministic, backend,
+):  # fmt: skip
+    """The operator's arguments, with every Python type checked; shapes and numbers are checked inside the operator."""
+    tensors = Inputs(q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
+    for name, tensor in zip(Inputs._fields, tensors):
+        if not isinstance(tensor, Tensor) and not (tensor is None and name not in "qkv"):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, accepted is a torch.Tensor")
+    for name, hint in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if hint is not None and (isinstance(hint, bool) or not isinstance(hint, int)):
+            raise TypeError(f"{name}: got {type(hint).__name__}, accepted are integers or None")
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: got {type(backend).__name__}, accepted is a str")
+    scale = _float("softmax_scale", softmax_scale, None)
+    if scale is not None and math.isnan(scale):
+        raise ValueError(f"softmax_scale: got {scale}, accepted are finite numbers > 0 or None")
+    left, right = _window(window, _bool("causal", causal))
+    values = ops.pack_values(
+        scale,
+        _float("softcap", softcap, 0.0),
+        _float("rescale_threshold", rescale_threshold, DEFAULT_RESCALE_THRESHOLD),
+    )
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        tensors = tensors._replace(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype))
+    deterministic = _bool("deterministic", deterministic)
+    return (*tensors, max_seqlen_q, max_seqlen_k, values, left, right, deterministic, backend)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: Window = (None, None),
+    softmax_scale: float | None = None,
+    softcap: float | None = 0.0,
+    sink: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    page_table: Tensor | None = None,
+    return_lse: bool = False,
+    rescale_threshold: float = DEFAULT_RESCALE_THRESHOLD,
+    deterministic: bool = False,
+    backend: BackendName = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention with gradients for q, k, v and sink.
+
+    Args:
+        q: (B, Sq, Hq, D), or (total_q, Hq, D) in varlen; float16, bfloat16 or float32 (float64 on the reference).
+        k: (B, Sk, Hkv, D) or (total_k, Hkv, D). Hkv divides Hq; query head h reads KV head h // (Hq / Hkv).
+        v: (B, Sk, Hkv, Dv) or (total_k, Hkv, Dv). D and Dv from 1 to 256.
+        causal: key j is visible to query i iff j <= i + Sk - Sq (aligned bottom-right).
+        window: (left, right): key j is visible iff i + Sk - Sq - left <= j <= i + Sk - Sq + right. None or -1: unbounded.
+        softmax_scale: factor of q k^T; None means 1/sqrt(D).
+        softcap: c > 0 turns each scaled score s into c * tanh(s / c); 0 or None: off.
+        sink: (Hq,), one extra logit a head in the softmax's denominator, natural-log units, not scaled. Differentiable.
+        cu_seqlens_q, cu_seqlens_k: (n_seqs + 1,) int32 on q's device; sequence n holds rows cu[n] to cu[n + 1].
+        max_seqlen_q, max_seqlen_k: optional hints for varlen; they change no result.
+        seqused_q, seqused_k: (B,) or (n_seqs,) int32; only the first so many rows of each sequence take part.
+            Query rows past it give O = 0, LSE = -inf and no gradient.
+        page_table: paged K and V (not served by any backend yet).
+        return_lse: return (out, lse) instead of out.
+        rescale_threshold: the running maximum is followed only when it grows by more than this, in log2 units; 0 to 8,
+            0 follows it always. The result is exact either way.
+        deterministic: the backward's sums run in a fixed order, too.
+        backend: "auto", or one by name, which then runs or raises.
+
+    Returns:
+        out, of q's dtype and shape with Dv for D; with `return_lse` also lse, float32, natural log, (B, Hq, Sq) or
+        (Hq, total_q). A row that sees no key gives 0 and -inf (or the sink's logit).
+
+    Raises:
+        ValueError, TypeError: an argument is not accepted; the message names it, what came and what is accepted.
+        NotImplementedError: no backend (or not the one named) serves the problem; the message says what is missing.
+
+    Source: Dao et al., "FlashAttention" (2022); Zadouri et al., "FlashAttention-4" (2026) for the skipped rescaling.
+    """
+    out, lse = torch.ops.fa4.attention(
+        *_arguments(
+            q, k, v, causal, window, softmax_scale, softcap, sink, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+            max_seqlen_k, seqused_q, seqused_k, page_table, rescale_threshold, deterministic, backend,
+        )
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, **options) -> Choice:
+    """Which backend `attention` would run for the same arguments, and why not each other one. Nothing is computed.
+
+    Args:
+        q, k, v, options: as `attention` takes them.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `attention` would.
+    """
+    bound = inspect.signature(attention).bind(q, k, v, **options)
+    bound.apply_defaults()
+    del bound.arguments["return_lse"]
+    *tensors, seqlen_q, seqlen_k, values, left, right, deterministic, requested = _arguments(**bound.arguments)
+    problem = ops.problem_of(Inputs(*tensors), seqlen_q, seqlen_k, values, left, right, deterministic)
+    kinds, device = problem.kinds, problem.device
+    chosen = _choose(kinds, device, requested).name
+    others = (name for name in backends.MODULES if name != chosen)
+    return Choice(chosen, {name: _reason(name, chosen, kinds, device, requested) for name in others})
+
+
+def _reason(name: str, chosen: str, kinds: Kinds, device: torch.device, requested: str) -> str:
+    """Why `name` does not run where `chosen` does."""
+    why = _objection(name, kinds, device)
+    if why is not None:
+        return why
+    if requested != "auto":
+        return f"backend={requested!r} was asked for"
+    if name not in AUTO_ORDER[device.type]:
+        return f"could serve, but on {device.type} runs only when asked for by name"
+    return f"could serve, but {chosen} comes first"
+
+
+# `import dispatch.attention` works and keeps the name a function: the import system takes what sys.modules holds.
+sys.modules[f"{__name__}.attention"] = attention  # type: ignore[assignment]
+
+if __name__ == "__main__":
+    from fa4_core.cli import app
+
+    app(prog_name="python -m dispatch")

@@ -1,0 +1,65 @@
+"""What a backend is, and the registry that finds one by name without importing the others."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fa4_core.problem import Inputs, Kinds, Problem
+
+MODULES = {"cute": "fa4_cute", "triton": "fa4_triton", "reference": "fa4_core.reference"}
+
+
+class Gradients(NamedTuple):
+    """Gradients of one call; `sink` is None where the call had no sink."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sink: Tensor | None
+
+
+class Backend(ABC):
+    """One implementation of attention: what it supports, and how it runs a problem.
+
+    `forward` and `backward` may assume a checked problem that `missing` had no objection to, with q, k and v of a
+    contiguous last dimension whose size is a multiple of `head_dim_multiple`.
+    """
+
+    name: str
+    head_dim_multiple: int = 1
+
+    @abstractmethod
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend cannot run on `device` at all (a missing package, a foreign device), or None."""
+
+    @abstractmethod
+    def missing(self, kinds: Kinds, device: torch.device) -> tuple[str, ...]:
+        """The features the problem needs and this backend lacks on `device`; empty when it can serve."""
+
+    @abstractmethod
+    def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Returns out (q's shape with head_dim_v, the input dtype) and lse (float32, natural log)."""
+
+    @abstractmethod
+    def backward(
+        self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+    ) -> Gradients:
+        """Returns the gradients of q, k, v (their shapes and dtype) and of the sink (its dtype)."""
+
+
+@functools.cache
+def load(name: str) -> Backend:
+    """The backend called `name`; its package is imported on the first call.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    if name not in MODULES:
+        raise ValueError(f"backend: got {name!r}, accepted are 'auto', {', '.join(map(repr, MODULES))}")
+    return importlib.import_module(MODULES[name]).BACKEND

@@ -1,0 +1,202 @@
+"""The torch operators `fa4::attention` and `fa4::attention_backward`: fake kernels, autograd, and the call of a backend.
+
+The operator takes raw arguments; the problem is built and checked inside it, at run time, so that traced code holds one
+opaque call and no guards on lengths or values. The floating-point values travel as one CPU tensor: `torch.compile`
+keeps the elements of a tensor dynamic, where it would specialise on a Python float handed to an operator.
+Source for the registration: the PyTorch documentation, "torch.library" (Library.define, Library.impl, register_fake).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fa4_core.backends import Backend, Gradients
+from fa4_core.problem import DEFAULT_RESCALE_THRESHOLD, Inputs, Kinds, Problem, make_problem
+
+_LIBRARY = torch.library.Library("fa4", "DEF")
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, "
+    "Tensor? seqused_k, Tensor? page_table"
+)
+_NUMBERS = (
+    "SymInt? max_seqlen_q, SymInt? max_seqlen_k, Tensor? values, SymInt window_left, SymInt window_right, "
+    "bool deterministic, str backend"
+)
+_LIBRARY.define(f"attention({_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    f"attention_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, {_TENSORS}, {_NUMBERS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_N_TENSORS = len(Inputs._fields)
+
+Chooser = Callable[[Kinds, torch.device, str], Backend]
+_choose: Chooser | None = None
+
+
+def set_chooser(choose: Chooser) -> None:
+    """Sets the function that turns (kinds, device, requested name) into the backend that runs; `dispatch` owns it."""
+    global _choose
+    _choose = functools.lru_cache(maxsize=1024)(choose)
+
+
+@functools.lru_cache(maxsize=256)
+def _packed(softmax_scale: float | None, softcap: float, rescale_threshold: float) -> Tensor:
+    scale = float("nan") if softmax_scale is None else softmax_scale
+    return torch.tensor([scale, softcap, rescale_threshold], dtype=torch.float64)
+
+
+def pack_values(softmax_scale: float | None, softcap: float, rescale_threshold: float) -> Tensor | None:
+    """The operator's `values`: None for all defaults, else a CPU float64 tensor (softmax_scale, softcap, threshold).
+
+    A softmax_scale of None is packed as NaN, so an explicit NaN must be refused before.
+    """
+    if softmax_scale is None and softcap == 0.0 and rescale_threshold == DEFAULT_RESCALE_THRESHOLD:
+        return None
+    if not torch.compiler.is_compiling():
+        return _packed(softmax_scale, softcap, rescale_threshold)
+    # A product with a tensor is what the tracer can keep dynamic in the number; a constructor call is not.
+    one = torch.ones((), dtype=torch.float64)
+    scale = one * float("nan") if softmax_scale is None else one * softmax_scale
+    return torch.stack((scale, one * softcap, one * rescale_threshold))
+
+
+def problem_of(
+    inputs: Inputs,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    values: Tensor | None,
+    window_left: int,
+    window_right: int,
+    deterministic: bool,
+) -> Problem:
+    """Builds and checks the problem from the operator's arguments (errors as in `make_problem`)."""
+    scale, softcap, threshold = None, 0.0, DEFAULT_RESCALE_THRESHOLD
+    if values is not None:
+        scale, softcap, threshold = values.tolist()
+        scale = None if scale != scale else scale
+    return make_problem(
+        inputs,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        softmax_scale=scale,
+        softcap=softcap,
+        window_left=window_left,
+        window_right=window_right,
+        rescale_threshold=threshold,
+        deterministic=deterministic,
+    )
+
+
+def _pad_head_dim(tensor: Tensor, multiple: int) -> Tensor:
+    """Zero columns up to the multiple, and a contiguous last dimension."""
+    short = -tensor.shape[-1] % multiple
+    if short:
+        return torch.nn.functional.pad(tensor, (0, short))
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _fitted(problem: Problem, inputs: Inputs, multiple: int) -> tuple[Problem, Inputs]:
+    """The problem as the backend's kernels take it: head dims padded to `multiple`, contiguous last dimensions."""
+    fitted = inputs._replace(
+        q=_pad_head_dim(inputs.q, multiple), k=_pad_head_dim(inputs.k, multiple), v=_pad_head_dim(inputs.v, multiple)
+    )
+    head_dim, head_dim_v = fitted.q.shape[-1], fitted.v.shape[-1]
+    if (head_dim, head_dim_v) == (problem.kinds.head_dim, problem.kinds.head_dim_v):
+        return problem, fitted
+    return replace(problem, kinds=replace(problem.kinds, head_dim=head_dim, head_dim_v=head_dim_v)), fitted
+
+
+def _forward(*args):
+    inputs = Inputs(*args[:_N_TENSORS])
+    *numbers, name = args[_N_TENSORS:]
+    problem = problem_of(inputs, *numbers)
+    backend = _choose(problem.kinds, problem.device, name)
+    fitted, padded = _fitted(problem, inputs, backend.head_dim_multiple)
+    out, lse = backend.forward(fitted, padded)
+    if fitted is not problem:
+        out = out[..., : problem.kinds.head_dim_v].contiguous()
+    return out, lse
+
+
+def _backward(dout, dlse, out, lse, *args):
+    inputs = Inputs(*args[:_N_TENSORS])
+    *numbers, name = args[_N_TENSORS:]
+    problem = problem_of(inputs, *numbers)
+    backend = _choose(problem.kinds, problem.device, name)
+    fitted, padded = _fitted(problem, inputs, backend.head_dim_multiple)
+    dout = torch.zeros_like(out) if dout is None else dout
+    dout, out = (_pad_head_dim(t, backend.head_dim_multiple) for t in (dout, out))
+    grads = backend.backward(fitted, padded, out, lse, dout, dlse)
+    if fitted is not problem:
+        head_dim, head_dim_v = problem.kinds.head_dim, problem.kinds.head_dim_v
+        grads = Gradients(
+            grads.q[..., :head_dim].contiguous(),
+            grads.k[..., :head_dim].contiguous(),
+            grads.v[..., :head_dim_v].contiguous(),
+            grads.sink,
+        )
+    # A schema has no optional results: an empty tensor stands for "no sink".
+    return grads.q, grads.k, grads.v, lse.new_empty(0) if grads.sink is None else grads.sink
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, but float64 for float64 inputs, whose backward would otherwise lose their precision."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _forward_fake(q, k, v, *args):
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    lse_shape = (q.shape[-2], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[-2], q.shape[1])
+    return out, q.new_empty(lse_shape, dtype=lse_dtype(q.dtype))
+
+
+def _backward_fake(dout, dlse, out, lse, q, k, v, sink, *args):
+    dsink = lse.new_empty(0) if sink is None else sink.new_empty(sink.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
+
+
+class _Attention(torch.autograd.Function):
+    """Saves the inputs, O and LSE; the backward recomputes P from the LSE. Differentiating it again raises."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.fa4.attention(*args)
+        ctx.set_materialize_grads(False)
+        values_at = _N_TENSORS + 2
+        ctx.save_for_backward(out, lse, *args[:_N_TENSORS], args[values_at])
+        ctx.numbers = (*args[_N_TENSORS:values_at], *args[values_at + 1 :])
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dlse):
+        out, lse, *tensors, values = ctx.saved_tensors
+        max_seqlen_q, max_seqlen_k, *rest = ctx.numbers
+        nothing = (None,) * (len(tensors) - 4 + len(rest) + 3)
+        if dout is None and dlse is None:
+            return (None,) * 4 + nothing
+        dq, dk, dv, dsink = torch.ops.fa4.attention_backward(
+            dout, dlse, out, lse, *tensors, max_seqlen_q, max_seqlen_k, values, *rest
+        )
+        return dq, dk, dv, dsink if tensors[3] is not None else None, *nothing
+
+
+def _differentiable(*args):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
+        return _Attention.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fa4.attention(*args)
+
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("attention", _forward, _key)
+    _LIBRARY.impl("attention_backward", _backward, _key)
+_LIBRARY.impl("attention", _differentiable, "Autograd")
+torch.library.register_fake("fa4::attention", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("fa4::attention_backward", _backward_fake, lib=_LIBRARY)

@@ -1,0 +1,359 @@
+"""The attention problem: its static kinds, its run-time values, and the checks that stand before every launch.
+
+A problem has five slots: sequence layout, source of K and V, mask, score modification, finalisation. Each slot has a
+*kind*, which a kernel is compiled for (`Kinds`), and *values*, which are run-time arguments (`Problem`). Two calls with
+equal kinds share a compiled kernel whatever their lengths and values.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DEFAULT_RESCALE_THRESHOLD = 8.0
+MAX_RESCALE_THRESHOLD = 8.0
+UNBOUNDED = -1
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call. q, k, v as in `dispatch.attention`; the others are None where the call has none."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sink: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqused_q: Tensor | None = None
+    seqused_k: Tensor | None = None
+    page_table: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Kinds:
+    """The static part of a problem: what a kernel is compiled for, besides the device's architecture."""
+
+    dtype: torch.dtype
+    head_dim: int
+    head_dim_v: int
+    group: int
+    varlen: bool
+    seqused_q: bool
+    seqused_k: bool
+    paged: bool
+    window_left: bool
+    window_right: bool
+    softcap: bool
+    sink: bool
+
+    def features(self) -> frozenset[str]:
+        """The optional features this problem needs, in the words that `explain` and the errors use."""
+        named = {
+            "varlen": self.varlen,
+            "seqused": self.seqused_q or self.seqused_k,
+            "paged KV (page_table)": self.paged,
+            "window or causal": self.window_left or self.window_right,
+            "softcap": self.softcap,
+            "sink": self.sink,
+            "head_dim_v != head_dim": self.head_dim_v != self.head_dim,
+            "GQA": self.group > 1,
+        }
+        return frozenset(name for name, needed in named.items() if needed)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One checked call.
+
+    `batch` counts sequences. `seqlen_q` and `seqlen_k` are rows of the tensors: a batch element's in the dense layout,
+    the total in varlen. Windows are in keys, -1 for unbounded. `softmax_scale` multiplies q k^T; `softcap` is in the
+    units of the scaled scores; `rescale_threshold` is in log2 units.
+    """
+
+    kinds: Kinds
+    device: torch.device
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    heads_q: int
+    heads_kv: int
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    softmax_scale: float
+    softcap: float
+    window_left: int
+    window_right: int
+    rescale_threshold: float
+    deterministic: bool
+
+    @property
+    def total_q(self) -> int:
+        """Query rows in the whole call."""
+        return self.seqlen_q if self.kinds.varlen else self.batch * self.seqlen_q
+
+    @property
+    def total_k(self) -> int:
+        """Key rows in the whole call."""
+        return self.seqlen_k if self.kinds.varlen else self.batch * self.seqlen_k
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output: q's, with the value head dimension."""
+        rows = (self.seqlen_q,) if self.kinds.varlen else (self.batch, self.seqlen_q)
+        return (*rows, self.heads_q, self.kinds.head_dim_v)
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """Shape of the log-sum-exp: (B, Hq, Sq), or (Hq, total_q) in varlen."""
+        if self.kinds.varlen:
+            return (self.heads_q, self.seqlen_q)
+        return (self.batch, self.heads_q, self.seqlen_q)
+
+
+class _Meta(NamedTuple):
+    """What the checks read of a tensor: everything but its contents and strides."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _meta(tensor: Tensor | None) -> _Meta | None:
+    return None if tensor is None else _Meta(tensor.shape, tensor.dtype, tensor.device)
+
+
+def make_problem(
+    inputs: Inputs,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    window_left: int = UNBOUNDED,
+    window_right: int = UNBOUNDED,
+    rescale_threshold: float = DEFAULT_RESCALE_THRESHOLD,
+    deterministic: bool = False,
+) -> Problem:
+    """Checks a call and returns its problem.
+
+    Shapes, dtypes, devices and numbers are always checked (and remembered by signature, so a repeated call pays for a
+    look-up). The contents of index tensors are checked where they lie on the CPU, or anywhere under `DISPATCH_CHECK=1`,
+    which synchronises with the device.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: a shape, device, number or index is out of what is accepted. Messages name the argument.
+    """
+    problem = _problem_of(
+        tuple(map(_meta, inputs)),
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        softcap,
+        window_left,
+        window_right,
+        rescale_threshold,
+        deterministic,
+    )
+    if problem.kinds.varlen or problem.kinds.seqused_q or problem.kinds.seqused_k:
+        _check_contents(problem, inputs)
+    return problem
+
+
+@functools.lru_cache(maxsize=4096)
+def _problem_of(
+    metas: tuple[_Meta | None, ...],
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    softmax_scale: float | None,
+    softcap: float,
+    window_left: int,
+    window_right: int,
+    rescale_threshold: float,
+    deterministic: bool,
+) -> Problem:
+    q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table = metas
+    assert q is not None and k is not None and v is not None
+    varlen = cu_seqlens_q is not None or cu_seqlens_k is not None
+    _check_tensors(q, k, v, varlen)
+    batch, heads_q, heads_kv = _check_shapes(q, k, v, varlen, paged=page_table is not None)
+    if varlen:
+        batch = _check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q.device)
+    elif max_seqlen_q is not None or max_seqlen_k is not None:
+        raise ValueError(
+            "max_seqlen_q and max_seqlen_k belong to the varlen layout: give cu_seqlens_q and cu_seqlens_k too"
+        )
+    for name, used in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
+        if used is not None:
+            _check_index(name, used, (batch,), q.device)
+    if sink is not None:
+        _check_sink(sink, heads_q, q.device)
+    for name, hint in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if hint is not None and hint < 0:
+            raise ValueError(f"{name}: got {hint}, accepted are integers >= 0 or None")
+    head_dim = q.shape[-1]
+    scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+    _check_numbers(scale, softcap, window_left, window_right, rescale_threshold)
+    return Problem(
+        kinds=Kinds(
+            dtype=q.dtype,
+            head_dim=head_dim,
+            head_dim_v=v.shape[-1],
+            group=heads_q // heads_kv,
+            varlen=varlen,
+            seqused_q=seqused_q is not None,
+            seqused_k=seqused_k is not None,
+            paged=page_table is not None,
+            window_left=window_left != UNBOUNDED,
+            window_right=window_right != UNBOUNDED,
+            softcap=softcap != 0.0,
+            sink=sink is not None,
+        ),
+        device=q.device,
+        batch=batch,
+        seqlen_q=q.shape[-3],
+        seqlen_k=k.shape[-3],
+        heads_q=heads_q,
+        heads_kv=heads_kv,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        softmax_scale=scale,
+        softcap=softcap,
+        window_left=window_left,
+        window_right=window_right,
+        rescale_threshold=rescale_threshold,
+        deterministic=deterministic,
+    )
+
+
+def _check_tensors(q: _Meta, k: _Meta, v: _Meta, varlen: bool) -> None:
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q: dtype {q.dtype} is not accepted, only {', '.join(map(str, DTYPES))}")
+    rank, shape = (3, "(total, heads, head_dim)") if varlen else (4, "(batch, seqlen, heads, head_dim)")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if len(tensor.shape) != rank:
+            hint = "" if varlen else "; for packed sequences give cu_seqlens_q and cu_seqlens_k"
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, accepted is {shape}{hint}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name}: dtype {tensor.dtype} differs from q's {q.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: on {tensor.device}, but q is on {q.device}")
+
+
+def _check_shapes(q: _Meta, k: _Meta, v: _Meta, varlen: bool, paged: bool) -> tuple[int, int, int]:
+    """Returns batch (1 in varlen), heads_q and heads_kv."""
+    heads_q, head_dim = q.shape[-2:]
+    heads_kv = k.shape[-2]
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"q: head_dim={head_dim}, accepted are 1 to {MAX_HEAD_DIM}")
+    if not 1 <= v.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"v: head_dim={v.shape[-1]}, accepted are 1 to {MAX_HEAD_DIM}")
+    if k.shape[-1] != head_dim:
+        raise ValueError(f"k: head_dim={k.shape[-1]} differs from q's {head_dim}")
+    if v.shape[-2] != heads_kv:
+        raise ValueError(f"v: heads_kv={v.shape[-2]} differs from k's {heads_kv}")
+    if heads_kv == 0 or heads_q == 0:
+        raise ValueError(f"q, k: heads_q={heads_q}, heads_kv={heads_kv}; both must be at least 1")
+    if heads_q % heads_kv:
+        raise ValueError(f"k: heads_kv={heads_kv} does not divide heads_q={heads_q}")
+    if k.shape[-3] != v.shape[-3]:
+        raise ValueError(f"v: seqlen_k={v.shape[-3]} differs from k's {k.shape[-3]}")
+    batch = 1 if varlen else q.shape[0]
+    if not varlen:
+        if k.shape[0] != v.shape[0]:
+            raise ValueError(f"v: batch={v.shape[0]} differs from k's {k.shape[0]}")
+        if not paged and k.shape[0] != batch:
+            raise ValueError(f"k: batch={k.shape[0]} differs from q's {batch}")
+    return batch, heads_q, heads_kv
+
+
+def _check_index(name: str, index: _Meta, shape: tuple[int, ...], device: torch.device) -> None:
+    if index.dtype != torch.int32:
+        raise TypeError(f"{name}: dtype {index.dtype} is not accepted, only torch.int32")
+    if tuple(index.shape) != shape:
+        raise ValueError(f"{name}: got shape {tuple(index.shape)}, accepted is {shape}")
+    if index.device != device:
+        raise ValueError(f"{name}: on {index.device}, but q is on {device}")
+
+
+def _check_cu_seqlens(cu_seqlens_q: _Meta | None, cu_seqlens_k: _Meta | None, device: torch.device) -> int:
+    """Returns the number of sequences."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        missing, given = ("cu_seqlens_q", "cu_seqlens_k") if cu_seqlens_q is None else ("cu_seqlens_k", "cu_seqlens_q")
+        raise ValueError(f"{missing}: missing, but {given} was given; the varlen layout takes both")
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if len(cu.shape) != 1 or cu.shape[0] < 1:
+            raise ValueError(f"{name}: got shape {tuple(cu.shape)}, accepted is (n_seqs + 1,)")
+        _check_index(name, cu, tuple(cu.shape), device)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_k: {cu_seqlens_k.shape[0]} entries, but cu_seqlens_q has {cu_seqlens_q.shape[0]}; "
+            "both hold n_seqs + 1"
+        )
+    return cu_seqlens_q.shape[0] - 1
+
+
+def _check_sink(sink: _Meta, heads_q: int, device: torch.device) -> None:
+    if not sink.dtype.is_floating_point:
+        raise TypeError(f"sink: dtype {sink.dtype} is not accepted, only floating-point dtypes")
+    if tuple(sink.shape) != (heads_q,):
+        raise ValueError(f"sink: got shape {tuple(sink.shape)}, accepted is (heads_q,) = ({heads_q},)")
+    if sink.device != device:
+        raise ValueError(f"sink: on {sink.device}, but q is on {device}")
+
+
+def _check_numbers(scale: float, softcap: float, left: int, right: int, threshold: float) -> None:
+    if not (0.0 < scale < math.inf):
+        raise ValueError(f"softmax_scale: got {scale}, accepted are finite numbers > 0 or None")
+    if not (0.0 <= softcap < math.inf):
+        raise ValueError(f"softcap: got {softcap}, accepted are finite numbers >= 0 or None (0 and None: off)")
+    for side, value in (("left", left), ("right", right)):
+        if value < UNBOUNDED:
+            raise ValueError(f"window: {side} is {value}, accepted are integers >= 0, and None or -1 for unbounded")
+    if not (0.0 <= threshold <= MAX_RESCALE_THRESHOLD):
+        raise ValueError(f"rescale_threshold: got {threshold}, accepted are 0 to {MAX_RESCALE_THRESHOLD:g}")
+
+
+def contents_are_checked(device: torch.device) -> bool:
+    """Whether index tensors on `device` are read by the checks: on the CPU, or anywhere under DISPATCH_CHECK=1."""
+    return device.type == "cpu" or os.environ.get("DISPATCH_CHECK") == "1"
+
+
+def _check_contents(problem: Problem, inputs: Inputs) -> None:
+    if not contents_are_checked(problem.device):
+        return
+    spans = []
+    for side, cu, used, rows, hint in (
+        ("q", inputs.cu_seqlens_q, inputs.seqused_q, problem.seqlen_q, problem.max_seqlen_q),
+        ("k", inputs.cu_seqlens_k, inputs.seqused_k, problem.seqlen_k, problem.max_seqlen_k),
+    ):
+        if cu is not None:
+            starts = cu.tolist()
+            if starts[0] != 0:
+                raise ValueError(f"cu_seqlens_{side}: starts at {starts[0]}, must start at 0")
+            lengths = [end - start for start, end in zip(starts, starts[1:])]
+            if any(length < 0 for length in lengths):
+                where = next(i for i, length in enumerate(lengths) if length < 0)
+                raise ValueError(
+                    f"cu_seqlens_{side}: falls from {starts[where]} to {starts[where + 1]} at entry {where + 1}; "
+                    "it must not decrease"
+                )
+            if starts[-1] > rows:
+                raise ValueError(f"cu_seqlens_{side}: ends at {starts[-1]}, but {side} has {rows} rows")
+            if hint is not None and lengths and hint < max(lengths):
+                raise ValueError(f"max_seqlen_{side}: got {hint}, but the longest sequence has {max(lengths)} rows")
+        else:
+            lengths = [rows] * problem.batch
+        spans.append(lengths)
+        if used is not None:
+            for i, (n, room) in enumerate(zip(used.tolist(), lengths)):
+                if not 0 <= n <= room:
+                    raise ValueError(f"seqused_{side}: entry {i} is {n}, accepted are 0 to {room}, the sequence's rows")

@@ -1,0 +1,72 @@
+"""Backend `triton`: portable kernels, forward and backward, for NVIDIA GPUs from compute capability 8.0 on.
+
+This file declares what the backend serves and imports no Triton; the kernels load on the first call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from fa4_core.backends import Backend, Gradients
+from fa4_core.problem import Inputs, Kinds, Problem
+
+INSTALL_LINE = "pip install 'fa4-attention[triton]'"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_CAPABILITY = (8, 0)
+UNSUPPORTED = frozenset({"paged KV (page_table)"})
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU (TRITON_INTERPRET=1 at the first use)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _unavailable(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return f"needs the package triton; install it with: {INSTALL_LINE}"
+    if interpreted():
+        return None
+    if device.type != "cuda":
+        return f"runs on CUDA devices, q is on {device.type} (TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        have = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"needs compute capability {'.'.join(map(str, MIN_CAPABILITY))} or later, the device has {have}"
+    return None
+
+
+class TritonBackend(Backend):
+    """Portable Triton kernels."""
+
+    name = "triton"
+    head_dim_multiple = 8
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return _unavailable(device)
+
+    def missing(self, kinds: Kinds, device: torch.device) -> tuple[str, ...]:
+        missing = sorted(kinds.features() & UNSUPPORTED)
+        if kinds.dtype not in DTYPES:
+            missing.append(f"dtype {kinds.dtype}")
+        return tuple(missing)
+
+    def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        from fa4_triton.launch import forward
+
+        return forward(problem, inputs)
+
+    def backward(
+        self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+    ) -> Gradients:
+        from fa4_triton.launch import backward
+
+        return backward(problem, inputs, out, lse, dout, dlse)
+
+
+BACKEND = TritonBackend()
