@@ -175,7 +175,7 @@ def attention(
         k: (B, Sk, Hkv, D) or (total_k, Hkv, D). Hkv divides Hq; query head h reads KV head h // (Hq / Hkv).
         v: (B, Sk, Hkv, Dv) or (total_k, Hkv, Dv). D and Dv from 1 to 256.
         causal: key j is visible to query i iff j <= i + Sk - Sq (aligned bottom-right).
-        window: (left, right): key j is visible iff i + Sk - Sq - left <= j <= i + Sk - Sq + right. None or -1: unbounded.
+        window: (left, right): key j is visible iff i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: unbounded.
         softmax_scale: factor of q k^T; None means 1/sqrt(D).
         softcap: c > 0 turns each scaled score s into c * tanh(s / c); 0 or None: off.
         sink: (Hq,), one extra logit a head in the softmax's denominator, natural-log units, not scaled. Differentiable.

@@ -1,4 +1,4 @@
-"""The torch operators `fa4::attention` and `fa4::attention_backward`: fake kernels, autograd, and the call of a backend.
+"""The torch operators `fa4::attention` and `fa4::attention_backward`: fake kernels, autograd, the backend's call.
 
 The operator takes raw arguments; the problem is built and checked inside it, at run time, so that traced code holds one
 opaque call and no guards on lengths or values. The floating-point values travel as one CPU tensor: `torch.compile`

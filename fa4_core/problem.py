@@ -181,7 +181,9 @@ def _problem_of(
     deterministic: bool,
 ) -> Problem:
     q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table = metas
-    assert q is not None and k is not None and v is not None
+    assert q is not None
+    assert k is not None
+    assert v is not None
     varlen = cu_seqlens_q is not None or cu_seqlens_k is not None
     _check_tensors(q, k, v, varlen)
     batch, heads_q, heads_kv = _check_shapes(q, k, v, varlen, paged=page_table is not None)

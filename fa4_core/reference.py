@@ -36,7 +36,7 @@ class _Sequence:
 
 
 def _sequences(problem: Problem, inputs: Inputs) -> Iterator[_Sequence]:
-    """The call's sequences. Index tensors are read on the CPU; elsewhere rows are gathered up to the longest allowed."""
+    """The call's sequences. Index tensors are read on the CPU; elsewhere whole row ranges are gathered."""
     sides = (
         (inputs.cu_seqlens_q, inputs.seqused_q, problem.seqlen_q, problem.max_seqlen_q),
         (inputs.cu_seqlens_k, inputs.seqused_k, problem.seqlen_k, problem.max_seqlen_k),
@@ -220,7 +220,7 @@ class ReferenceBackend(Backend):
         out = _canvas(q.new_empty((*q.shape[:-1], v.shape[-1])), q.dtype)
         lse = _canvas(q[..., 0], dtype, -math.inf)
         for seq in _sequences(problem, inputs):
-            o, l = _forward_sequence(
+            o, row_lse = _forward_sequence(
                 problem,
                 seq,
                 _take(q, seq.rows_q, dtype),
@@ -229,7 +229,7 @@ class ReferenceBackend(Backend):
                 sink,
             )
             out[seq.rows_q] = o.transpose(0, 1).to(q.dtype)
-            lse[seq.rows_q] = l.transpose(0, 1)
+            lse[seq.rows_q] = row_lse.transpose(0, 1)
         lse = lse[:-1].reshape(*problem.out_shape[:-1]).transpose(-1, -2).contiguous()
         return out[:-1].reshape(problem.out_shape), lse
 
