@@ -1,0 +1,84 @@
+"""Compiling a kernel for a target and launching it, without the run-time specialisation of `triton.jit`.
+
+Triton's own launcher looks at every integer (is it 1, is it a multiple of 16) and may compile again when a length
+changes. Here the types and alignments that a kernel is compiled for follow from the problem's kinds alone, so one
+compiled kernel serves every length, batch and value, and a repeated launch is a look-up and a call of its handle.
+The same path compiles for GPUs that are not there, which the tests use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+POINTER_ALIGNMENT = 16
+STRIDE_ALIGNMENT = 8
+"""Bytes and elements that an "aligned" kernel may assume; 8 elements are 16 bytes or more in every dtype."""
+
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+}
+
+
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether rows of `tensor` can be moved 16 bytes at a time from every (batch, row, head)."""
+    return tensor.data_ptr() % POINTER_ALIGNMENT == 0 and all(s % STRIDE_ALIGNMENT == 0 for s in tensor.stride()[:-1])
+
+
+class _Signature:
+    """Collects what the compiler wants to know of the arguments: types, constants by path, alignments by path."""
+
+    def __init__(self, aligned: bool):
+        self.aligned = aligned
+        self.constants: dict[tuple[int, ...], Any] = {}
+        self.attributes: dict[tuple[int, ...], list] = {}
+
+    def type_of(self, path: tuple[int, ...], name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            names = getattr(value, "_fields", [""] * len(value))
+            types = [self.type_of((*path, i), n, item) for i, (n, item) in enumerate(zip(names, value))]
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+        if value is None:
+            self.constants[path] = None
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            if self.aligned:
+                self.attributes[path] = [["tt.divisibility", POINTER_ALIGNMENT]]
+            return _POINTERS[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if name.startswith("stride"):
+            if self.aligned:
+                self.attributes[path] = [["tt.divisibility", STRIDE_ALIGNMENT]]
+            return "i64"
+        return "i32"
+
+
+def compile_kernel(
+    kernel: Any, args: tuple, constants: dict[str, Any], options: dict[str, int], target: GPUTarget, aligned: bool = True
+) -> CompiledKernel:
+    """Compiles `kernel` for `target`; no GPU needs to be there.
+
+    Args:
+        kernel: a `triton.jit` function.
+        args: run-time arguments; only their kinds count: tensors (meta tensors do), ints (strides by their field's
+            name), floats, None, and named tuples of these.
+        constants: the kernel's constexpr parameters.
+        options: num_warps, num_stages.
+        aligned: whether pointers and strides are aligned (see `is_aligned`).
+    """
+    signature = _Signature(aligned)
+    names = kernel.arg_names
+    types = {name: signature.type_of((i,), name, arg) for i, (name, arg) in enumerate(zip(names, args))}
+    for name, value in constants.items():
+        types[name] = "constexpr"
+        signature.constants[(names.index(name),)] = value
+    source = ASTSource(kernel, types, signature.constants, signature.attributes)
+    return triton.compile(source, target=target, options=options)

@@ -1,0 +1,250 @@
+"""The steps the kernels share: where a program's tile lies, which keys it visits, scores, and the online softmax.
+
+Legend: scores and row_max are in log2 units once scaled by scale_log2 = softmax_scale * log2 e; lse is natural log.
+Optional pointers and values are None where the problem has none, which Triton resolves while compiling: the kinds of
+the problem are the kernel's specialisation, and no flag stands for them.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Strided(NamedTuple):
+    """A (batch, rows, heads, head_dim) tensor: pointer and strides in elements; head_dim is contiguous."""
+
+    ptr: tl.tensor
+    stride_b: tl.tensor
+    stride_s: tl.tensor
+    stride_h: tl.tensor
+
+
+class Sequences(NamedTuple):
+    """Where sequences lie. cu_* and used_* are int32 pointers or None; rows_* count a tensor's rows (total in varlen)."""
+
+    cu_q: tl.tensor
+    cu_k: tl.tensor
+    used_q: tl.tensor
+    used_k: tl.tensor
+    batch: tl.tensor
+    rows_q: tl.tensor
+    rows_k: tl.tensor
+
+
+class Values(NamedTuple):
+    """Run-time values. softcap, left and right are None where the problem has none of the kind."""
+
+    scale: tl.tensor
+    softcap: tl.tensor
+    left: tl.tensor
+    right: tl.tensor
+    threshold: tl.tensor
+
+
+class Span(NamedTuple):
+    """One side of one sequence: its batch index, first row in it, rows the tensor holds, and rows that take part."""
+
+    batch: tl.tensor
+    start: tl.tensor
+    room: tl.tensor
+    length: tl.tensor
+
+
+@triton.jit
+def find_sequence(cu, rows, batch, tile, TILE: tl.constexpr):
+    """The sequence that holds tile number `tile`, and the tile's number within it.
+
+    Sequence `batch` stands for the rows past the last sequence; beyond those lies sequence `batch + 1`, which is empty.
+    """
+    CHUNK: tl.constexpr = 128
+    sequence = 0
+    before = 0
+    counted = 0
+    for first in range(0, batch + 1, CHUNK):
+        i = first + tl.arange(0, CHUNK)
+        start = tl.load(cu + i, mask=i <= batch, other=0)
+        end = tl.where(i < batch, tl.load(cu + i + 1, mask=i < batch, other=0), rows)
+        tiles = tl.where(i <= batch, tl.maximum(end - start + TILE - 1, 0) // TILE, 0)
+        ends = counted + tl.cumsum(tiles, 0)
+        passed = (ends <= tile) & (i <= batch)
+        sequence += tl.sum(passed.to(tl.int32), 0)
+        before = tl.maximum(before, tl.max(tl.where(passed, ends, 0), 0))
+        counted += tl.sum(tiles, 0)
+    return sequence, tile - before
+
+
+@triton.jit
+def span_of(cu, used, sequence, rows, batch):
+    """The span of one sequence; lengths and starts read from the device are clamped into the tensor."""
+    if cu is None:
+        index = sequence
+        start = 0
+        room = rows
+    else:
+        index = 0
+        start = tl.load(cu + sequence, mask=sequence <= batch, other=rows)
+        start = tl.minimum(tl.maximum(start, 0), rows)
+        end = tl.load(cu + sequence + 1, mask=sequence < batch, other=rows)
+        room = tl.maximum(tl.minimum(end, rows) - start, 0)
+    if used is None:
+        length = room
+    else:
+        length = tl.minimum(tl.maximum(tl.load(used + sequence, mask=sequence < batch, other=0), 0), room)
+    if cu is not None:
+        length = tl.where(sequence < batch, length, 0)
+    return Span(index, start, room, length)
+
+
+@triton.jit
+def base_of(tensor, span, head):
+    """Pointer to the first row of a sequence's head; 64-bit, as a tensor may hold more than 2^31 elements."""
+    return (
+        tensor.ptr
+        + tl.cast(span.batch, tl.int64) * tensor.stride_b
+        + tl.cast(span.start, tl.int64) * tensor.stride_s
+        + tl.cast(head, tl.int64) * tensor.stride_h
+    )
+
+
+@triton.jit
+def load_rows(base, stride_s, first, limit, EVEN: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr):
+    """(ROWS, D) tile from row `first` on; columns past DIM and, unless EVEN, rows from `limit` on read as zero."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, D)
+    ptrs = base + tl.cast(first, tl.int64) * stride_s + (row[:, None] * stride_s + column[None, :])
+    if EVEN and DIM == D:
+        tile = tl.load(ptrs)
+    elif EVEN:
+        tile = tl.load(ptrs, mask=(column < DIM)[None, :], other=0.0)
+    elif DIM == D:
+        tile = tl.load(ptrs, mask=(first + row < limit)[:, None], other=0.0)
+    else:
+        tile = tl.load(ptrs, mask=(first + row < limit)[:, None] & (column < DIM)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_rows(base, stride_s, first, limit, tile, ROWS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr):
+    """Stores a (ROWS, D) tile from row `first` on, without columns past DIM and rows from `limit` on."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, D)
+    ptrs = base + tl.cast(first, tl.int64) * stride_s + (row[:, None] * stride_s + column[None, :])
+    mask = (first + row < limit)[:, None]
+    if DIM != D:
+        mask = mask & (column < DIM)[None, :]
+    tl.store(ptrs, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def key_tiles(values, first_q, last_q, len_q, len_k, TILE_N: tl.constexpr):
+    """Tiles of keys that the query rows first_q to last_q (inclusive) see: (begin, inner_begin, inner_end, end).
+
+    Every row sees every key of the tiles inner_begin to inner_end; the tiles around them need a mask. Tiles outside
+    begin to end are hidden from all rows.
+    """
+    shift = len_k - len_q
+    last_key = len_k
+    inner_last = len_k
+    if values.right is not None:
+        last_key = tl.maximum(tl.minimum(len_k, last_q + shift + values.right + 1), 0)
+        inner_last = tl.maximum(tl.minimum(len_k, first_q + shift + values.right + 1), 0)
+    first_key = 0
+    inner_first = 0
+    if values.left is not None:
+        first_key = tl.maximum(first_q + shift - values.left, 0)
+        inner_first = tl.maximum(last_q + shift - values.left, 0)
+    begin = first_key // TILE_N
+    end = tl.maximum((last_key + TILE_N - 1) // TILE_N, begin)
+    inner_begin = tl.minimum((inner_first + TILE_N - 1) // TILE_N, end)
+    inner_end = tl.minimum(tl.maximum(inner_last // TILE_N, inner_begin), end)
+    return begin, inner_begin, inner_end, end
+
+
+@triton.jit
+def query_tiles(values, first_k, last_k, len_q, len_k, TILE_M: tl.constexpr):
+    """Tiles of query rows that see the keys first_k to last_k (inclusive): as `key_tiles`, with the sides exchanged."""
+    shift = len_k - len_q
+    first_row = 0
+    inner_first = 0
+    if values.right is not None:
+        first_row = tl.maximum(first_k - shift - values.right, 0)
+        inner_first = tl.maximum(last_k - shift - values.right, 0)
+    last_row = len_q
+    inner_last = len_q
+    if values.left is not None:
+        last_row = tl.maximum(tl.minimum(len_q, last_k - shift + values.left + 1), 0)
+        inner_last = tl.maximum(tl.minimum(len_q, first_k - shift + values.left + 1), 0)
+    begin = first_row // TILE_M
+    end = tl.maximum((last_row + TILE_M - 1) // TILE_M, begin)
+    inner_begin = tl.minimum((inner_first + TILE_M - 1) // TILE_M, end)
+    # Rows past the sequence need no mask (their LSE reads as +inf), so a last, partial tile may be an inner one.
+    inner_end = tl.where(inner_last == len_q, end, inner_last // TILE_M)
+    inner_end = tl.minimum(tl.maximum(inner_end, inner_begin), end)
+    return begin, inner_begin, inner_end, end
+
+
+@triton.jit
+def visible(values, row, key, len_q, len_k):
+    """Whether `key` is visible to `row` (broadcast against each other); windows align bottom-right."""
+    mask = key < len_k
+    if values.right is not None:
+        mask = mask & (key <= row + (len_k - len_q + values.right))
+    if values.left is not None:
+        mask = mask & (key >= row + (len_k - len_q - values.left))
+    return mask
+
+
+@triton.jit
+def tanh(x):
+    """tanh from exp2; near zero, where 1 - 2 / (e^2x + 1) cancels, its series. Relative error below 2e-6."""
+    bent = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)
+    square = x * x
+    series = x * (1.0 + square * (-0.33333334 + square * (0.13333334 - square * 0.05396825)))
+    return tl.where(tl.abs(x) < 0.05, series, bent)
+
+
+@triton.jit
+def log2_scores(values, products):
+    """Products q k^T to what the softmax takes: (scores, factor), with scores * factor in log2 units.
+
+    Without a softcap the factor is left to the exponent's fused multiply-add.
+    """
+    if values.softcap is None:
+        scores = products
+        factor = values.scale * LOG2_E
+    else:
+        scores = tanh(products * (values.scale / values.softcap)) * (values.softcap * LOG2_E)
+        factor = 1.0
+    return scores, factor
+
+
+@triton.jit
+def follow_max(row_max, tile_max, threshold):
+    """The pivot rule: the running maximum is followed where it grew by more than `threshold`, else kept.
+
+    Returns (row_max, pivot, factor). A kept maximum gives a factor of exactly 1. From -inf any growth is infinite; the
+    pivot of a row that saw nothing is 0, so that no exponent is inf - inf. Source: FlashAttention-4, section 3.
+    """
+    new_max = tl.maximum(row_max, tile_max)
+    follow = new_max - row_max > threshold
+    new_max = tl.where(follow, new_max, row_max)
+    pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+    factor = tl.where(follow, tl.exp2(row_max - pivot), 1.0)
+    return new_max, pivot, factor
+
+
+@triton.jit
+def score_slope(values, products):
+    """Products q k^T to (scores in log2 units, derivative of the capped score by the scaled one; 1 without a cap)."""
+    if values.softcap is None:
+        scores = products * (values.scale * LOG2_E)
+        slope = 1.0
+    else:
+        bent = tanh(products * (values.scale / values.softcap))
+        scores = bent * (values.softcap * LOG2_E)
+        slope = 1.0 - bent * bent
+    return scores, slope
