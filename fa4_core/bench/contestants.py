@@ -1,0 +1,225 @@
+"""Who runs the matrix: this project's backends and the libraries to measure against, each saying what it cannot run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from importlib import metadata
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fa4_core import backends
+from fa4_core.bench.cases import Case
+
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Contestant(ABC):
+    """One implementation in the race."""
+
+    name: str
+    heads_first: bool = False
+    """Whether it takes (B, H, S, D). It is then handed transposed views: the memory is (B, S, H, D) for everyone."""
+    distribution: str | None = None
+    """Its package on PyPI, whose version goes into the result file; None for what torch or this project brings."""
+
+    @abstractmethod
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why it cannot run on `device` at all, or None."""
+
+    @abstractmethod
+    def refusal(self, case: Case, backward: bool) -> str | None:
+        """Why it cannot run `case`, or None."""
+
+    @abstractmethod
+    def function(self, case: Case) -> Function:
+        """Attention as this case needs it: (q, k, v) -> out. May import and compile; is called once a case."""
+
+    def context(self) -> contextlib.AbstractContextManager:
+        """Surrounds the calls; entered once, so it costs no call its time."""
+        return contextlib.nullcontext()
+
+
+class Dispatch(Contestant):
+    """This project's `attention`, one named backend."""
+
+    def __init__(self, attention: Callable, backend: str) -> None:
+        self.name = backend
+        self._attention = attention
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return backends.load(self.name).unavailable(device)
+
+    def refusal(self, case: Case, backward: bool) -> str | None:
+        return None  # a problem that the backend does not serve raises, and the row records what it says
+
+    def function(self, case: Case) -> Function:
+        window = (case.window, None)
+        return functools.partial(self._attention, causal=case.causal, window=window, backend=self.name)
+
+
+class Sdpa(Contestant):
+    """torch's scaled_dot_product_attention, one of its backends."""
+
+    heads_first = True
+
+    def __init__(self, name: str, backend: SDPBackend) -> None:
+        self.name = name
+        self._backend = backend
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if self._backend != SDPBackend.MATH and device.type != "cuda":
+            return f"runs on CUDA devices, not on {device.type}"
+        return None
+
+    def refusal(self, case: Case, backward: bool) -> str | None:
+        if case.window is not None:
+            return "has no window but through a dense mask"
+        if case.causal and case.seqlen_q != case.seqlen_k:
+            return "aligns causal top-left"
+        if case.dtype == "fp32" and self._backend != SDPBackend.MATH:
+            return "has no float32"
+        return None
+
+    def function(self, case: Case) -> Function:
+        return functools.partial(
+            torch.nn.functional.scaled_dot_product_attention,
+            is_causal=case.causal,
+            enable_gqa=case.heads_q != case.heads_kv,
+        )
+
+    def context(self) -> contextlib.AbstractContextManager:
+        return sdpa_kernel(self._backend)
+
+
+class FlashAttention3(Contestant):
+    """FlashAttention-3 as the package fa3-fwd builds it; what the build left out, it refuses."""
+
+    name = "fa3"
+    distribution = "fa3-fwd"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"runs on CUDA devices, not on {device.type}"
+        if importlib.util.find_spec("fa3_fwd_interface") is None:
+            return "the package fa3-fwd is not installed"
+        if torch.cuda.get_device_capability(device)[0] != 9:
+            return "is built for compute capability 9.0"
+        return None
+
+    def refusal(self, case: Case, backward: bool) -> str | None:
+        flags = importlib.import_module("fa3_fwd_config").CONFIG["build_flags"]
+        needed = {"BACKWARD": backward, "LOCAL": case.window is not None, "FP16": case.dtype == "fp16"}
+        left_out = [name for name, need in needed.items() if need and flags[f"FLASHATTENTION_DISABLE_{name}"]]
+        if left_out:
+            return f"this build leaves out {', '.join(left_out).lower()}"
+        return "has no float32" if case.dtype == "fp32" else None
+
+    def function(self, case: Case) -> Function:
+        attend = importlib.import_module("fa3_fwd_interface").flash_attn_func
+        return functools.partial(attend, causal=case.causal, window_size=case.window_pair)
+
+
+class FlashAttention4(Contestant):
+    """FlashAttention-4, the package flash-attn-4."""
+
+    name = "fa4"
+    distribution = "flash-attn-4"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"runs on CUDA devices, not on {device.type}"
+        if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+            return "the package flash-attn-4 is not installed"
+        return None
+
+    def refusal(self, case: Case, backward: bool) -> str | None:
+        return "has no float32" if case.dtype == "fp32" else None
+
+    def function(self, case: Case) -> Function:
+        attend = importlib.import_module("flash_attn.cute").flash_attn_func
+        left, right = (None if side < 0 else side for side in case.window_pair)
+        # A window and causal=True exclude each other there: right = 0 says the same.
+        mask = {"causal": case.causal} if case.window is None else {"window_size": (left, right)}
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q, k, v, **mask)[0]
+
+        return run
+
+
+class Flex(Contestant):
+    """torch's FlexAttention, compiled for each shape: with dynamic shapes it takes a path 30 times slower."""
+
+    name = "flex"
+    heads_first = True
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return None if device.type == "cuda" else f"runs on CUDA devices, not on {device.type}"
+
+    def refusal(self, case: Case, backward: bool) -> str | None:
+        return None
+
+    def function(self, case: Case) -> Function:
+        import torch._dynamo
+        import torch._functorch.config
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        torch._dynamo.reset()
+        # The backward is timed alone, over one forward's saved tensors: it must not take them as its scratch space.
+        torch._functorch.config.donated_buffer = False
+        left, right = case.window_pair
+        shift = case.seqlen_k - case.seqlen_q
+
+        def visible(batch, head, i, j):
+            diagonal = i + shift
+            if left < 0:
+                return j <= diagonal + right
+            below = j >= diagonal - left
+            return below if right < 0 else below & (j <= diagonal + right)
+
+        mask = None
+        if (left, right) != (-1, -1):
+            mask = create_block_mask(visible, None, None, case.seqlen_q, case.seqlen_k, device="cuda")
+        compiled = torch.compile(flex_attention, dynamic=False)
+        return functools.partial(compiled, block_mask=mask, enable_gqa=case.heads_q != case.heads_kv)
+
+
+def all_contestants(attention: Callable) -> dict[str, Contestant]:
+    """Every contestant by name, in the order of the tables.
+
+    Args:
+        attention: `dispatch.attention`.
+    """
+    contestants = (
+        Dispatch(attention, "triton"),
+        Dispatch(attention, "cute"),
+        Dispatch(attention, "reference"),
+        Sdpa("fa2", SDPBackend.FLASH_ATTENTION),
+        Sdpa("cudnn", SDPBackend.CUDNN_ATTENTION),
+        Sdpa("math", SDPBackend.MATH),
+        FlashAttention3(),
+        FlashAttention4(),
+        Flex(),
+    )
+    return {contestant.name: contestant for contestant in contestants}
+
+
+RACE = ("triton", "cute", "fa2", "cudnn", "fa3", "fa4", "flex")
+"""Who runs by default on a GPU. `reference` and `math` are there for machines without one."""
+
+
+def version(contestant: Contestant) -> str | None:
+    """The installed version of its package, or None where it has none of its own or is not installed."""
+    if contestant.distribution is None:
+        return None
+    try:
+        return metadata.version(contestant.distribution)
+    except metadata.PackageNotFoundError:
+        return None
