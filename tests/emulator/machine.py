@@ -1,0 +1,751 @@
+"""The machine: clusters of CTAs, warps that diverge and rejoin, asynchronous agents, and a seeded scheduler.
+
+Warps of a CTA that stand at the same instruction are executed together, as one `Group` whose registers are a column
+range of the CTA's register banks; that is the emulator's vectorisation. A branch that warps decide differently splits
+the group into ranges, one that lanes of a warp decide differently splits that warp off with a lane mask. Groups that
+meet at one instruction join again. `Schedule.together` turns joining across warps off, so that every warp runs on its
+own, which other seeds use to reach more interleavings.
+
+Asynchronous work (bulk copies, MMAs, cp.async) is queued as closures. A scheduler draws, from the seed, whether warps or
+agents move next. Every drawn order is one that hardware may show.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Callable
+
+import numpy as np
+
+from .barriers import Rendezvous
+from .errors import Deadlock, EmulatorError, Livelock, OutOfBounds, TensorMemoryError, Unsupported
+from .lowering import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
+from .memory import GlobalMemory
+from .program import BRANCH, HANDLED, RUN, Program
+from .ptx import BANKS, FloatImm, Imm, NotReg, Param, Reg, Sink, SpecialReg, Sum, Symbol
+from .races import Actors, RaceLog, SharedShadow, TensorMemoryShadow
+
+LANES = np.arange(32)
+SHARED_RANK_SHIFT = 24
+"""A shared::cluster address carries its CTA's rank from this bit on, so `mapa` and the DSL's `& 0xFEFFFFFF` (own
+address to the even CTA of a pair) work as on hardware."""
+
+EXIT = object()
+SPLIT = object()
+
+
+@dataclass
+class Blocked:
+    """A handler's answer: the group waits until `condition(frame)` holds (which also takes over clocks).
+
+    `advance`: continue behind the instruction then, instead of executing it again. `key`: groups that wait at one
+    instruction for the same thing may join.
+    """
+
+    condition: Callable
+    why: Callable[[], str] | str
+    advance: bool
+    key: object = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A legal way to interleave, drawn from a seed.
+
+    asynchrony: "eager" completes asynchronous work as soon as it can, "lazy" only when no warp can run, "random" mixes.
+    quantum: nodes a group executes before another may run. together: whether warps at one instruction run as one.
+    spurious: probability that `try_wait` reports false though it need not.
+    """
+
+    seed: int
+    asynchrony: str
+    quantum: int
+    p_async: float
+    together: bool
+    spurious: float
+
+    @classmethod
+    def from_seed(cls, seed: int) -> Schedule:
+        rng = random.Random(seed)
+        asynchrony = ("random", "lazy", "eager", "random")[seed % 4]
+        return cls(seed, asynchrony, rng.choice((4, 20, 60)) if seed else 40, rng.choice((0.05, 0.3, 0.7)),
+                   together=seed % 8 != 5, spurious=0.05 if seed % 3 == 2 else 0.0)  # fmt: skip
+
+
+class Warp:
+    """One warp: its clocks, its in-order tensor pipe, and its groups of asynchronous copies."""
+
+    def __init__(self, cta: Cta, index: int) -> None:
+        cluster = cta.cluster
+        self.cta, self.index = cta, index
+        self.id = cta.rank * cta.machine.warps_per_cta + index
+        self.clock = cluster.clocks[self.id]
+        self.async_clock = cluster.async_clocks[self.id]
+        self.clock[self.id] = 1
+        self.pipe_clock = np.zeros_like(self.clock)
+        self.pipe_stamp = 0
+        self.pipe: deque = deque()
+        self.weight = cta.machine.rng.choice((1, 1, 4, 16))
+        self.bulk = CopyGroups()
+        self.copies = CopyGroups()
+        self.wgmma = CopyGroups()
+        self.pending_tmem_stores: list = []
+        self.pending_tmem_loads: list = []
+        self.registers: int | None = None
+        self.cluster_generation: int | None = None
+
+    def tick(self) -> int:
+        """Advances the warp's own stamp; returns the old one."""
+        stamp = int(self.clock[self.id])
+        self.clock[self.id] += 1
+        return stamp
+
+    def release(self) -> np.ndarray:
+        """A copy of the clock for others to acquire; what the warp does next is not covered by it."""
+        clock = self.clock.copy()
+        self.clock[self.id] += 1
+        return clock
+
+    def acquire(self, generic: np.ndarray, proxy: np.ndarray) -> None:
+        np.maximum(self.clock, generic, out=self.clock)
+        np.maximum(self.async_clock, proxy, out=self.async_clock)
+
+
+class CopyGroups:
+    """Asynchronous operations in commit groups (cp.async, bulk stores, wgmma): open ones, then closed groups in order.
+    An operation is any object with the attributes that the waiting instruction tests."""
+
+    def __init__(self) -> None:
+        self.open: list = []
+        self.groups: list[list] = []
+        self.waited = 0
+        self.stamp = 0
+
+    def commit(self) -> None:
+        self.groups.append(self.open)
+        self.open = []
+
+    def older_than_last(self, n: int) -> list:
+        groups = self.groups[: len(self.groups) - n] if n else self.groups
+        return [op for group in groups for op in group]
+
+
+class Frame:
+    """Columns `32*lo .. 32*hi` of a CTA's register banks: the registers of a contiguous range of warps.
+
+    Attributes `W, WI, WF` (32 bit), `D, DI, DF, DX` (64 bit), `H, HI, HF` (16 bit), `P` (predicates) are the banks seen as
+    unsigned, signed, float; `DX` interleaves the two float32 halves of each lane.
+    """
+
+    def __init__(self, cta: Cta, lo: int, hi: int) -> None:
+        self.cta, self.machine, self.cluster = cta, cta.machine, cta.cluster
+        self.lo, self.hi = lo, hi
+        self.lanes = 32 * (hi - lo)
+        self.columns = slice(32 * lo, 32 * hi)
+        self.warps = cta.warps[lo:hi]
+        self.P = cta.banks["pred"][:, self.columns]
+        self.H = cta.banks[16][:, self.columns]
+        self.W = cta.banks[32][:, self.columns]
+        self.D = cta.banks[64][:, self.columns]
+        self.Q = cta.banks[128][:, self.columns]
+        self.HI, self.HF = self.H.view(np.int16), self.H.view(np.float16)
+        self.WI, self.WF = self.W.view(np.int32), self.W.view(np.float32)
+        self.DI, self.DF, self.DX = self.D.view(np.int64), self.D.view(np.float64), self.D.view(np.float32)
+        self._unsigned = {16: self.H, 32: self.W, 64: self.D}
+        self.shared_base = cta.rank << SHARED_RANK_SHIFT
+        self.warp_ids = np.array([w.id for w in self.warps])
+        self.clocks = cta.cluster.clocks[cta.first_warp + lo : cta.first_warp + hi]
+
+    # Used by generated code
+    def special(self, name: str) -> np.ndarray:
+        return self.cta.special(name)[self.columns]
+
+    def both(self, mask: np.ndarray) -> np.ndarray:
+        """A lane mask for the two halves of `DX`."""
+        return np.repeat(mask, 2, axis=-1)
+
+    def pair(self, value: np.ndarray) -> np.ndarray:
+        return np.tile(value, self.lanes)
+
+    def pairs(self, values: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(values, (len(values), self.lanes, 2)).reshape(len(values), 2 * self.lanes)
+
+    # Used by handlers
+    def read(self, operand, dtype=np.uint32) -> np.ndarray:
+        """Lane values of an operand, as unsigned bits converted to `dtype` by value."""
+        if isinstance(operand, Reg):
+            if operand.bank == "pred":
+                return self.P[operand.row]
+            values = self._unsigned[operand.bank][operand.row]
+            return values if values.dtype == dtype else values.astype(dtype)
+        if isinstance(operand, NotReg):
+            return ~self.P[operand.row]
+        if isinstance(operand, Imm):
+            bits = 8 * np.dtype(dtype).itemsize
+            return np.full(self.lanes, operand.value & ((1 << bits) - 1), dtype)
+        if isinstance(operand, FloatImm):
+            return np.full(self.lanes, operand.bits, dtype)
+        if isinstance(operand, Sum):
+            base = self.read(operand.base, np.uint64)
+            width = operand.base.bank
+            return ((base + np.uint64(operand.offset & (2**64 - 1))) & np.uint64((1 << width) - 1)).astype(dtype)
+        if isinstance(operand, SpecialReg):
+            return self.special(operand.name).astype(dtype)
+        if isinstance(operand, Symbol):
+            base = self.shared_base if operand.space == "shared" else 0
+            return np.full(self.lanes, base + operand.offset, dtype)
+        if isinstance(operand, Param):
+            return np.full(self.lanes, PARAM_WINDOW + operand.offset, dtype)
+        raise EmulatorError(f"operand {operand!r}")
+
+    def write(self, operand, values, mask) -> None:
+        """Writes lane values (unsigned bits, or bools for a predicate) where `mask` is set (None: everywhere)."""
+        if isinstance(operand, Sink):
+            return
+        bank = self.P if operand.bank == "pred" else self._unsigned[operand.bank]
+        if mask is None:
+            bank[operand.row] = values
+        else:
+            np.copyto(bank[operand.row], values, where=mask, casting="unsafe")
+
+    def scalar(self, operand, mask, line: int) -> int:
+        """The value of an operand that must agree in all active lanes."""
+        if isinstance(operand, Imm):
+            return operand.value
+        values = self.read(operand, np.uint64 if not isinstance(operand, (Reg, NotReg)) or operand.bank == 64 else np.uint32)
+        if mask is not None:
+            values = values[mask]
+        first = values[0]
+        if len(values) > 1 and not (values == first).all():
+            raise EmulatorError(f"line {line}: lanes disagree on an operand that must be uniform")
+        return int(first)
+
+    def lane_scalar(self, operand, lane: int) -> int:
+        """The value of an operand in one lane of the frame."""
+        if isinstance(operand, Imm):
+            return operand.value
+        if isinstance(operand, Reg) and operand.bank != "pred":
+            return int(self._unsigned[operand.bank][operand.row, lane])
+        if isinstance(operand, Sum):
+            width = operand.base.bank
+            return (int(self._unsigned[width][operand.base.row, lane]) + operand.offset) & ((1 << width) - 1)
+        if isinstance(operand, Symbol) and operand.space == "shared":
+            return self.shared_base + operand.offset
+        if isinstance(operand, Param):
+            return PARAM_WINDOW + operand.offset
+        return int(self.read(operand, np.uint64)[lane])
+
+    def active(self, mask) -> list[tuple[Warp, int]]:
+        """Warps with an active lane, each with its first active lane (index in the frame)."""
+        if mask is None:
+            return [(warp, 32 * i) for i, warp in enumerate(self.warps)]
+        return [(self.warps[i], 32 * i + int(np.argmax(mask[32 * i : 32 * i + 32])))
+                for i in range(self.hi - self.lo) if mask[32 * i : 32 * i + 32].any()]  # fmt: skip
+
+    def active_lanes(self, mask) -> list[int]:
+        return list(range(self.lanes)) if mask is None else np.flatnonzero(mask).tolist()
+
+    def lane_warp(self, lane: int) -> Warp:
+        return self.warps[lane // 32]
+
+
+class Group:
+    """Warps `lo..hi` of a CTA at one instruction; with a `mask` only for a single, diverged warp."""
+
+    __slots__ = ("cta", "lo", "hi", "mask", "pc", "blocked", "converging")
+
+    def __init__(self, cta: Cta, lo: int, hi: int, pc: int, mask=None) -> None:
+        self.cta, self.lo, self.hi, self.pc, self.mask = cta, lo, hi, pc, mask
+        self.blocked: Blocked | None = None
+        self.converging = False
+
+    @property
+    def frame(self) -> Frame:
+        return self.cta.frame(self.lo, self.hi)
+
+
+class TensorMemory:
+    """TMEM of one CTA: 128 lanes by 512 columns of 32 bits, and its column allocator (PTX ISA 9.7.16.7)."""
+
+    LANES, COLUMNS = 128, 512
+
+    def __init__(self) -> None:
+        self.cells = np.full((self.LANES, self.COLUMNS), 0x7FBADBAD, np.uint32)
+        self.free = np.ones(self.COLUMNS, bool)
+        self.allocations: dict[int, int] = {}
+        self.permit_relinquished = False
+
+    def allocate(self, columns: int) -> int | None:
+        for start in range(0, self.COLUMNS + 1 - columns, 32):
+            if self.free[start : start + columns].all():
+                self.free[start : start + columns] = False
+                self.allocations[start] = columns
+                return start
+        return None
+
+    def release(self, start: int, columns: int, line: int) -> None:
+        if self.allocations.get(start) != columns:
+            raise TensorMemoryError(f"line {line}: dealloc of {columns} columns at {start}; allocated: {self.allocations}")
+        del self.allocations[start]
+        self.free[start : start + columns] = True
+
+    def check(self, first: int, last: int, line: int, what: str) -> None:
+        if first < 0 or last >= self.COLUMNS or self.free[first : last + 1].any():
+            raise TensorMemoryError(f"line {line}: {what} touches columns {first}..{last}; allocated: {self.allocations}")
+
+
+class Cta:
+    """One thread block: register banks, shared memory, TMEM, barriers, groups of warps."""
+
+    def __init__(self, cluster: Cluster, rank: int, ctaid: tuple[int, int, int]) -> None:
+        machine = cluster.machine
+        self.machine, self.cluster, self.rank, self.ctaid = machine, cluster, rank, ctaid
+        self.first_warp = rank * machine.warps_per_cta
+        self.shared = np.full(machine.shared_bytes, 0xCD, np.uint8)
+        self.shared_views = {w: self.shared.view(f"u{w}") for w in (1, 2, 4, 8)}
+        self.shared_views[16] = self.shared.view(np.uint64).reshape(-1, 2)
+        self.mbarriers: dict[int, object] = {}
+        self.mbarrier_slots: dict[int, int] = {}
+        self.mbarrier_stamps: dict[int, int] = {}
+        self.named = [Rendezvous(machine, cluster.actors.count) for _ in range(16)]
+        self.tmem = TensorMemory()
+        lanes = 32 * machine.warps_per_cta
+        self.local = np.zeros((lanes, machine.program.kernel.local_bytes), np.uint8)
+        self.banks = machine.take_banks(lanes)
+        self.warps = [Warp(self, i) for i in range(machine.warps_per_cta)]
+        # One in-order wgmma pipe per warpgroup of four warps.
+        self.wgmma_pipes = [deque() for _ in range(-(-machine.warps_per_cta // 4))]
+        self.frames: dict[tuple[int, int], Frame] = {}
+        self.special_values: dict[str, np.ndarray] = {}
+        self.alive = np.arange(lanes) < machine.threads
+        self.groups = self._initial_groups()
+        if machine.check_races:
+            name = f"shared memory of CTA {rank}"
+            self.shared_shadow = SharedShadow(machine.shared_bytes, machine.program.shared_cell, cluster.actors,
+                                              machine.races, name)  # fmt: skip
+            self.tmem_shadow = TensorMemoryShadow(cluster.actors, machine.races, f"TMEM of CTA {rank}")
+
+    def _initial_groups(self) -> list[Group]:
+        full = self.machine.threads // 32
+        if self.machine.schedule.together:
+            groups = [Group(self, 0, full, 0)] if full else []
+        else:
+            groups = [Group(self, i, i + 1, 0) for i in range(full)]
+        if self.machine.threads % 32:
+            groups.append(Group(self, full, full + 1, 0, self.alive[32 * full : 32 * full + 32].copy()))
+        return groups
+
+    def frame(self, lo: int, hi: int) -> Frame:
+        frame = self.frames.get((lo, hi))
+        if frame is None:
+            frame = self.frames[lo, hi] = Frame(self, lo, hi)
+        return frame
+
+    def special(self, name: str) -> np.ndarray:
+        """Values of a special register for all lanes of the CTA (PTX ISA 10)."""
+        if name in ("%clock", "%clock64", "%globaltimer", "%globaltimer_lo"):
+            return np.full(len(self.alive), self.machine.steps & 0xFFFFFFFF, np.uint32)
+        values = self.special_values.get(name)
+        if values is None:
+            values = self.special_values[name] = self._special(name)
+        return values
+
+    def _special(self, name: str) -> np.ndarray:
+        machine, thread = self.machine, np.arange(len(self.alive))
+        lane = thread % 32
+        per_lane = {"%laneid": lane, "%warpid": thread // 32, "%lanemask_eq": 1 << lane, "%lanemask_lt": (1 << lane) - 1,
+                    "%lanemask_le": (2 << lane) - 1, "%lanemask_gt": 0xFFFFFFFF & ~((2 << lane) - 1),
+                    "%lanemask_ge": 0xFFFFFFFF & ~((1 << lane) - 1)}  # fmt: skip
+        if name in per_lane:
+            return per_lane[name].astype(np.uint32)
+        base, _, axis = name.partition(".")
+        a = "xyz".index(axis) if axis else 0
+        bx, by, _ = machine.block
+        if base == "%tid":
+            return (thread % bx, thread // bx % by, thread // (bx * by))[a].astype(np.uint32)
+        grid, cluster = machine.grid, machine.cluster_shape
+        uniform = {
+            "%ntid": machine.block[a], "%ctaid": self.ctaid[a], "%nctaid": grid[a], "%cluster_ctaid": self.ctaid[a] % cluster[a],
+            "%cluster_nctaid": cluster[a], "%clusterid": self.ctaid[a] // cluster[a], "%nclusterid": grid[a] // cluster[a],
+            "%cluster_ctarank": self.rank, "%cluster_nctarank": len(self.cluster.shape_ranks), "%smid": self.cluster.index,
+            "%nsmid": 148, "%nwarpid": machine.warps_per_cta, "%is_explicit_cluster": int(len(self.cluster.shape_ranks) > 1),
+            "%dynamic_smem_size": machine.dynamic_shared, "%total_smem_size": machine.shared_bytes,
+        }  # fmt: skip
+        if base not in uniform:
+            raise Unsupported(f"special register {name}")
+        return np.full(len(thread), uniform[base], np.uint32)
+
+    # Divergence
+    def replace(self, group: Group, parts: list[Group]) -> None:
+        self.groups.remove(group)
+        self.groups.extend(parts)
+
+    def branch(self, group: Group, taken: np.ndarray, target: int, fallthrough: int) -> None:
+        """Splits a group whose lanes (`taken`, of the group's lanes) decide a branch differently."""
+        if group.mask is not None:
+            rest = group.mask & ~taken
+            self.replace(group, [Group(self, group.lo, group.hi, target, taken & group.mask),
+                                 Group(self, group.lo, group.hi, fallthrough, rest)])  # fmt: skip
+            return
+        by_warp = taken.reshape(-1, 32)
+        parts: list[Group] = []
+        for i, lanes in enumerate(by_warp):
+            lo = group.lo + i
+            if lanes.all() or not lanes.any():
+                pc = target if lanes[0] else fallthrough
+                last = parts[-1] if parts else None
+                if last and self.machine.schedule.together and last.hi == lo and last.mask is None and last.pc == pc:
+                    last.hi += 1
+                else:
+                    parts.append(Group(self, lo, lo + 1, pc))
+            else:
+                parts.append(Group(self, lo, lo + 1, target, lanes.copy()))
+                parts.append(Group(self, lo, lo + 1, fallthrough, ~lanes))
+        self.replace(group, parts)
+
+    def split_warps(self, group: Group) -> None:
+        self.replace(group, [Group(self, i, i + 1, group.pc) for i in range(group.lo, group.hi)])
+
+    def retire(self, group: Group, leaving: np.ndarray | None) -> None:
+        """Lanes of a group exit (None: all). The rest, if any, go on behind the instruction."""
+        frame = group.frame
+        alive = self.alive[frame.columns]
+        active = alive if group.mask is None else group.mask
+        gone = active.copy() if leaving is None else leaving & active
+        alive[gone] = False
+        stay = (active & ~gone).reshape(-1, 32)
+        parts = []
+        for i, lanes in enumerate(stay):
+            if lanes.any():
+                mask = None if lanes.all() else lanes.copy()
+                parts.append(Group(self, group.lo + i, group.lo + i + 1, group.pc + 1, mask))
+        self.replace(group, parts)
+
+    def join(self, group: Group) -> bool:
+        """Joins a group with others at its instruction. True if `group` itself was absorbed or changed."""
+        changed = False
+        for other in list(self.groups):
+            if other is group or other.pc != group.pc:
+                continue
+            if (other.blocked is None) != (group.blocked is None) and not (other.converging or group.converging):
+                continue
+            if other.blocked and group.blocked and not (other.converging or group.converging):
+                if other.blocked.key is None or other.blocked.key != group.blocked.key:
+                    continue
+            if group.mask is not None and other.mask is not None and group.lo == other.lo:
+                group.mask = group.mask | other.mask
+                if group.mask.all():
+                    group.mask = None
+                if group.converging or other.converging:
+                    group.blocked, group.converging = None, False
+            elif (group.mask is None and other.mask is None and self.machine.schedule.together
+                  and (group.hi == other.lo or group.lo == other.hi)):  # fmt: skip
+                group.lo, group.hi = min(group.lo, other.lo), max(group.hi, other.hi)
+            else:
+                continue
+            self.groups.remove(other)
+            changed = True
+        return changed
+
+    def missing_lanes(self, frame: Frame, mask, member: np.ndarray | None) -> bool:
+        """Whether lanes named by a membermask (None: all) are alive but not active, in warps that have active lanes."""
+        if mask is None:
+            return False
+        wanted = self.alive[frame.columns] if member is None else self.alive[frame.columns] & member
+        per_warp = mask.reshape(-1, 32)
+        missing = (wanted & ~mask).reshape(-1, 32).any(1) & per_warp.any(1)
+        return bool(missing.any())
+
+
+class Cluster:
+    """CTAs that are resident together, their clocks, and the asynchronous operations in flight for them."""
+
+    def __init__(self, machine: Machine, index: int, origin: tuple[int, int, int]) -> None:
+        self.machine, self.index, self.origin = machine, index, origin
+        cx, cy, cz = machine.cluster_shape
+        self.shape_ranks = [(i, j, k) for k in range(cz) for j in range(cy) for i in range(cx)]
+        warps = machine.warps_per_cta * len(self.shape_ranks)
+        self.actors = Actors(warps, len(self.shape_ranks))
+        self.clocks = np.zeros((warps, self.actors.count), np.int32)
+        self.async_clocks = np.zeros((warps, self.actors.count), np.int32)
+        self.loose: list[Callable[[], bool]] = []
+        self.barrier = Rendezvous(machine, self.actors.count)
+        self.ctas: list[Cta] = []
+        for rank, (i, j, k) in enumerate(self.shape_ranks):
+            self.ctas.append(Cta(self, rank, (origin[0] + i, origin[1] + j, origin[2] + k)))
+        self.warps = [w for c in self.ctas for w in c.warps]
+        self.pipes = [w.pipe for w in self.warps] + [p for c in self.ctas for p in c.wgmma_pipes]
+
+    @property
+    def finished(self) -> bool:
+        return not any(c.groups for c in self.ctas) and not self.has_async()
+
+    def has_async(self) -> bool:
+        return bool(self.loose) or any(self.pipes)
+
+    def locate(self, address: int, size: int, line: int) -> tuple[Cta, int]:
+        """The CTA and byte offset of a shared::cluster address. Raises `OutOfBounds`."""
+        rank, offset = address >> SHARED_RANK_SHIFT, address & ((1 << SHARED_RANK_SHIFT) - 1)
+        if rank >= len(self.ctas) or offset + size > self.machine.shared_bytes:
+            raise OutOfBounds(f"line {line}: shared address 0x{address:x} (+{size}); the CTA has "
+                              f"{self.machine.shared_bytes} bytes, the cluster {len(self.ctas)} CTAs")  # fmt: skip
+        return self.ctas[rank], offset
+
+
+@dataclass
+class Result:
+    """What a launch did. `races` are errors, `notes` are observations that hardware tolerates."""
+
+    races: list[str]
+    notes: list[str]
+    executed: bytearray
+    program: Program
+    steps: int
+    async_steps: int
+    counts: dict = field(default_factory=dict)
+
+    def not_executed(self) -> list[str]:
+        """Barrier and memory instructions that never ran, as `line: text`."""
+        return [f"{i.line}: {i.text}" for i in self.program.not_executed(self.executed)]
+
+
+class Machine:
+    """Executes one launch. See `launch.launch` for the usual way in."""
+
+    def __init__(self, program: Program, memory: GlobalMemory, params: bytes, grid, block, *, cluster=(1, 1, 1),
+                 dynamic_shared: int = 0, tensor_maps=None, schedule: Schedule | None = None, check_races: bool = True,
+                 resident: int = 4, max_steps: int = 5_000_000, register_budget: int | None = None,
+                 require_init_fence: bool = True) -> None:  # fmt: skip
+        if program.unsupported:
+            raise Unsupported("; ".join(program.unsupported[:5]))
+        self.program, self.memory = program, memory
+        self.params = np.frombuffer(bytes(params) + bytes(256), np.uint8)
+        self.grid, self.block, self.cluster_shape = tuple(grid), tuple(block), tuple(cluster)
+        if any(g % c for g, c in zip(self.grid, self.cluster_shape)):
+            raise ValueError(f"grid {self.grid} is not a multiple of the cluster {self.cluster_shape}")
+        self.threads = self.block[0] * self.block[1] * self.block[2]
+        self.warps_per_cta = -(-self.threads // 32)
+        self.dynamic_shared = dynamic_shared
+        self.shared_bytes = -(-(program.kernel.dynamic_shared + dynamic_shared) // 16) * 16
+        self.tensor_maps = tensor_maps or {}
+        self.schedule = schedule or Schedule.from_seed(0)
+        self.rng = random.Random(self.schedule.seed)
+        self.check_races, self.require_init_fence = check_races, require_init_fence
+        self.races = RaceLog()
+        self.notes: list[str] = []
+        self.resident, self.max_steps = resident, max_steps
+        self.executed = bytearray(len(program.nodes))
+        self.counts: dict[str, int] = {}
+        self.steps = self.async_steps = 0
+        self.dirty = True
+        self.clusters: list[Cluster] = []
+        self.cache: dict = {}
+        self._spare_banks: list[dict] = []
+        self.launch_registers = register_budget or program.kernel.max_registers
+        self.register_file = None if not self.launch_registers else self.launch_registers * self.warps_per_cta * 32
+
+    def take_banks(self, lanes: int) -> dict:
+        if self._spare_banks:
+            return self._spare_banks.pop()
+        rows = self.program.banks
+        banks = {16: np.zeros((rows[16], lanes), np.uint16), 32: np.zeros((rows[32], lanes), np.uint32),
+                 64: np.zeros((rows[64], lanes), np.uint64), "pred": np.zeros((rows["pred"], lanes), bool),
+                 128: np.zeros((rows[128], lanes, 2), np.uint64)}  # fmt: skip
+        return banks
+
+    def global_access(self, frame, mask, addresses, size, instruction, write: bool, atomic: bool = False, sizes=None) -> None:
+        pass
+
+    def global_tensor_access(self, cta, tmap, coordinates, line: int, write: bool, atomic: bool = False) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def count(self, what: str) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+    def run(self) -> Result:
+        """Runs the grid to its end. Raises an `EmulatorError` for whatever a GPU would fault or hang on."""
+        (gx, gy, gz), (cx, cy, cz) = self.grid, self.cluster_shape
+        origins = ((x, y, z) for z in range(0, gz, cz) for y in range(0, gy, cy) for x in range(0, gx, cx))
+        self.waiting = deque(origins)
+        started = 0
+        with np.errstate(all="ignore"):
+            while self.waiting or self.clusters:
+                while self.waiting and len(self.clusters) < self.resident:
+                    self.clusters.append(Cluster(self, started, self.waiting.popleft()))
+                    started += 1
+                self.dirty = True
+                self._run_until_a_cluster_ends()
+        return Result(self.races.reports, self.notes, self.executed, self.program, self.steps, self.async_steps, self.counts)
+
+    def _run_until_a_cluster_ends(self) -> None:
+        rng, schedule = self.rng, self.schedule
+        while True:
+            if self.dirty:
+                self._poll()
+            ready = [g for cluster in self.clusters for c in cluster.ctas for g in c.groups if g.blocked is None]
+            busy = [c for c in self.clusters if c.has_async()]
+            if not ready and not busy:
+                finished = [c for c in self.clusters if c.finished]
+                if finished:
+                    for cluster in finished:
+                        self._end(cluster)
+                    return
+                if self.dirty:
+                    continue
+                raise Deadlock(self._who_waits())
+            if busy and (not ready or schedule.asynchrony == "eager"
+                         or (schedule.asynchrony == "random" and rng.random() < schedule.p_async)):  # fmt: skip
+                self._advance_async(rng.choice(busy))
+                continue
+            group = self._choose(ready)
+            self.steps += 1
+            if self.steps > self.max_steps:
+                raise Livelock(f"no end after {self.max_steps} steps\n{self._who_waits()}")
+            self._step(group)
+            if len(self.clusters) > 1 or self.waiting:
+                done = next((c for c in self.clusters if c is group.cta.cluster and c.finished), None)
+                if done:
+                    self._end(done)
+                    return
+
+    def _end(self, cluster: Cluster) -> None:
+        self.clusters.remove(cluster)
+        for cta in cluster.ctas:
+            if cta.tmem.allocations:
+                raise TensorMemoryError(f"CTA {cta.ctaid} ended with TMEM allocated: {cta.tmem.allocations}")
+            for barrier in cta.mbarriers.values():
+                if barrier.tx:
+                    self.note(f"{barrier} left with transaction count {barrier.tx}")
+            self._spare_banks.append(cta.banks)
+
+    def _poll(self) -> None:
+        self.dirty = False
+        for cluster in self.clusters:
+            for cta in cluster.ctas:
+                for group in cta.groups:
+                    if group.blocked is not None and not group.converging and group.blocked.condition(group.frame):
+                        group.blocked = None
+
+    def _choose(self, ready: list[Group]) -> Group:
+        rng = self.rng
+        group = ready[0] if len(ready) == 1 else rng.choices(ready, [g.frame.warps[0].weight for g in ready])[0]
+        if group.mask is not None and rng.random() > 0.06:
+            # Lanes of one warp: let the ones that are behind catch up, so that they meet again.
+            same = [g for g in ready if g.cta is group.cta and g.lo == group.lo and g.mask is not None]
+            group = min(same, key=lambda g: g.pc)
+        return group
+
+    def _advance_async(self, cluster: Cluster) -> None:
+        self.async_steps += 1
+        choices: list = list(cluster.loose)
+        choices += [p for p in cluster.pipes if p]
+        pick = choices[self.rng.randrange(len(choices))] if len(choices) > 1 else choices[0]
+        if isinstance(pick, deque):
+            pick.popleft()()
+            self.dirty = True
+        elif pick():
+            cluster.loose.remove(pick)
+
+    def _step(self, group: Group) -> None:
+        nodes, cta, executed = self.program.nodes, group.cta, self.executed
+        joins = self.program.joins
+        quantum = self.schedule.quantum
+        while quantum > 0:
+            quantum -= 1
+            node = nodes[group.pc]
+            mask = group.mask
+            executed[group.pc] = 1
+            if node.kind == RUN:
+                if mask is None:
+                    node.run.full(group.frame, None)
+                else:
+                    node.run.masked(group.frame, mask)
+                group.pc = node.next_pc
+            elif node.kind == BRANCH:
+                if not self._branch(group, node):
+                    return
+            elif node.kind == HANDLED:
+                if not self._handle(group, node, mask):
+                    return
+            else:
+                raise Unsupported(node.problem)
+            if len(cta.groups) > 1 and joins[group.pc]:
+                cta.join(group)
+
+    def _branch(self, group: Group, node) -> bool:
+        """Executes a branch. False if the group was split."""
+        instruction = node.instruction
+        if instruction.guard is None:
+            group.pc = node.target
+            return True
+        taken = group.frame.P[instruction.guard.row]
+        if instruction.guard_negated:
+            taken = ~taken
+        decided = taken if group.mask is None else taken[group.mask]
+        if decided.all():
+            group.pc = node.target
+        elif not decided.any():
+            group.pc = node.next_pc
+        else:
+            group.cta.branch(group, taken, node.target, node.next_pc)
+            return False
+        return True
+
+    def _handle(self, group: Group, node, mask) -> bool:
+        """Executes a handled instruction. False if the group ended, split or blocked."""
+        instruction, frame = node.instruction, group.frame
+        active = mask
+        if instruction.guard is not None:
+            guard = frame.P[instruction.guard.row]
+            if instruction.guard_negated:
+                guard = ~guard
+            active = guard.copy() if mask is None else guard & mask
+            if not active.any():
+                group.pc = node.next_pc
+                return True
+            if mask is None and active.all():
+                active = None
+        answer = node.execute(frame, active)
+        if answer is None:
+            group.pc = node.next_pc
+            return True
+        if answer is EXIT:
+            group.cta.retire(group, active)
+            return False
+        if answer is SPLIT:
+            group.cta.split_warps(group)
+            return False
+        group.blocked = answer
+        if answer.advance:
+            group.pc = node.next_pc
+        if answer.condition is None:  # waits for the other lanes of its warp
+            group.converging = True
+        group.cta.join(group)
+        return False
+
+    def _who_waits(self) -> str:
+        lines = [f"deadlock (seed {self.schedule.seed}): no warp can run and nothing is in flight"]
+        for cluster in self.clusters:
+            for cta in cluster.ctas:
+                for group in cta.groups:
+                    lines.append("  " + self._position(cta, group))
+        return "\n".join(lines)
+
+    def _position(self, cta: Cta, group: Group) -> str:
+        warps = f"warp {group.lo}" if group.hi == group.lo + 1 else f"warps {group.lo}..{group.hi - 1}"
+        lanes = "" if group.mask is None else f" lanes {np.flatnonzero(group.mask).tolist()}"
+        why = group.blocked.why if group.blocked else "ready"
+        at = group.pc - (group.blocked is not None and group.blocked.advance)
+        instruction = self.program.kernel.instructions[at]
+        return (f"CTA {cta.ctaid} {warps}{lanes} at line {instruction.line} `{instruction.text[:70]}`: "
+                f"{why() if callable(why) else why}")  # fmt: skip
+
+
+__all__ = ["BANKS", "EXIT", "LANES", "LOCAL_WINDOW", "PARAM_WINDOW", "SHARED_WINDOW", "SPLIT", "Blocked", "Cluster",
+           "Cta", "Frame", "Group", "Machine", "Result", "Schedule", "Warp"]  # fmt: skip
