@@ -245,6 +245,6 @@ def _reason(name: str, chosen: str, kinds: Kinds, device: torch.device, requeste
 sys.modules[f"{__name__}.attention"] = attention  # type: ignore[assignment]
 
 if __name__ == "__main__":
-    from fa4_core.cli import app
+    from fa4_core.cli import main
 
-    app(prog_name="python -m dispatch")
+    main(sys.modules[__name__])
