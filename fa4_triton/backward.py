@@ -55,8 +55,8 @@ def row_slopes(
     first = tile * TILE_M
     row = first + tl.arange(0, TILE_M)
     within = row < span.length
-    do_tile = load_rows(base_of(dout, span, head), dout.stride_s, first, span.length, False, TILE_M, DIM_V, DV)
-    o_tile = load_rows(base_of(out, span, head), out.stride_s, first, span.length, False, TILE_M, DIM_V, DV)
+    do_tile = load_rows(dout, span, head, first, span.length, False, TILE_M, DIM_V, DV)
+    o_tile = load_rows(out, span, head, first, span.length, False, TILE_M, DIM_V, DV)
     delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
     if dlse.ptr is not None:
         delta -= tl.load(base_of(dlse, span, head) + row * dlse.stride_s, mask=within, other=0.0)
@@ -83,6 +83,8 @@ def attention_backward_kv(
     sequences: Sequences,
     values: Values,
     heads_kv,
+    q_descriptor,
+    do_descriptor,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_V: tl.constexpr,
@@ -105,10 +107,12 @@ def attention_backward_kv(
     span_q = span_of(sequences.cu_q, sequences.used_q, sequence, sequences.rows_q, sequences.batch)
     span_k = span_of(sequences.cu_k, sequences.used_k, sequence, sequences.rows_k, sequences.batch)
     first = tile * TILE_N
-    k_tile = load_rows(base_of(k, span_k, head), k.stride_s, first, span_k.length, False, TILE_N, DIM, D)
-    v_tile = load_rows(base_of(v, span_k, head), v.stride_s, first, span_k.length, False, TILE_N, DIM_V, DV)
+    k_tile = load_rows(k, span_k, head, first, span_k.length, False, TILE_N, DIM, D)
+    v_tile = load_rows(v, span_k, head, first, span_k.length, False, TILE_N, DIM_V, DV)
     dk_acc = tl.zeros([TILE_N, D], tl.float32)
     dv_acc = tl.zeros([TILE_N, DV], tl.float32)
+    q = Strided(q.ptr, q.stride_b, q.stride_s, q.stride_h, q_descriptor)
+    dout = Strided(dout.ptr, dout.stride_b, dout.stride_s, dout.stride_h, do_descriptor)
     begin, inner_begin, inner_end, end = query_tiles(
         values, first, tl.minimum(first + TILE_N, span_k.length) - 1, span_q.length, span_k.length, TILE_M
     )
@@ -118,32 +122,30 @@ def attention_backward_kv(
     inner_begin = tl.minimum(inner_begin, inner_end)
     for member in range(GROUP):
         head_q = head * GROUP + member
-        q_base = base_of(q, span_q, head_q)
-        do_base = base_of(dout, span_q, head_q)
         lse_base = base_of(lse, span_q, head_q)
         slope_base = base_of(slope, span_q, head_q)
         dk_acc, dv_acc = add_queries(
-            k_tile, v_tile, q_base, do_base, lse_base, slope_base, q.stride_s, dout.stride_s, lse.stride_s, dk_acc,
-            dv_acc, first, values, span_q.length, span_k.length, begin, inner_begin, True, DIM, DIM_V, TILE_M, PRECISION,
+            k_tile, v_tile, q, dout, span_q, span_k, head_q, lse_base, slope_base, lse.stride_s, dk_acc, dv_acc, first, values,
+            begin, inner_begin, True, DIM, DIM_V, TILE_M, PRECISION,
         )  # fmt: skip
         dk_acc, dv_acc = add_queries(
-            k_tile, v_tile, q_base, do_base, lse_base, slope_base, q.stride_s, dout.stride_s, lse.stride_s, dk_acc,
-            dv_acc, first, values, span_q.length, span_k.length, inner_begin, inner_end, False, DIM, DIM_V, TILE_M,
+            k_tile, v_tile, q, dout, span_q, span_k, head_q, lse_base, slope_base, lse.stride_s, dk_acc, dv_acc, first, values,
+            inner_begin, inner_end, False, DIM, DIM_V, TILE_M,
             PRECISION,
         )  # fmt: skip
         dk_acc, dv_acc = add_queries(
-            k_tile, v_tile, q_base, do_base, lse_base, slope_base, q.stride_s, dout.stride_s, lse.stride_s, dk_acc,
-            dv_acc, first, values, span_q.length, span_k.length, inner_end, end, True, DIM, DIM_V, TILE_M, PRECISION,
+            k_tile, v_tile, q, dout, span_q, span_k, head_q, lse_base, slope_base, lse.stride_s, dk_acc, dv_acc, first, values,
+            inner_end, end, True, DIM, DIM_V, TILE_M, PRECISION,
         )  # fmt: skip
     dk_acc *= values.scale
-    store_rows(base_of(dk, span_k, head), dk.stride_s, first, span_k.room, dk_acc, TILE_N, DIM, D)
-    store_rows(base_of(dv, span_k, head), dv.stride_s, first, span_k.room, dv_acc, TILE_N, DIM_V, DV)
+    store_rows(dk, span_k, head, first, dk_acc, TILE_N, DIM, D)
+    store_rows(dv, span_k, head, first, dv_acc, TILE_N, DIM_V, DV)
 
 
 @triton.jit
 def add_queries(
-    k_tile, v_tile, q_base, do_base, lse_base, slope_base, stride_q, stride_do, stride_lse, dk_acc, dv_acc, first_k,
-    values, len_q, len_k, begin, end,
+    k_tile, v_tile, q, dout, span_q, span_k, head_q, lse_base, slope_base, stride_lse, dk_acc, dv_acc, first_k, values,
+    begin, end,
     MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the query tiles begin to end of one head to (dk_acc, dv_acc); scores are transposed, keys by rows."""
@@ -153,17 +155,17 @@ def add_queries(
     for i in range(begin, end):
         first = i * TILE_M
         row = first + tl.arange(0, TILE_M)
-        q_tile = load_rows(q_base, stride_q, first, len_q, False, TILE_M, DIM, D)
-        row_lse = load_lse(lse_base + row * stride_lse, row < len_q)
+        q_tile = load_rows(q, span_q, head_q, first, span_q.length, not MASKED, TILE_M, DIM, D)
+        row_lse = load_lse(lse_base + row * stride_lse, row < span_q.length, MASKED)
         scores, slope_factor = score_slope(values, tl.dot(k_tile, q_tile.T, input_precision=PRECISION))
         p = tl.exp2(scores - row_lse[None, :])
         if MASKED:
             key = first_k + tl.arange(0, TILE_N)
-            seen = visible(values, row[None, :], key[:, None], len_q, len_k)
+            seen = visible(values, row[None, :], key[:, None], span_q.length, span_k.length)
             p = tl.where(seen, p, 0.0)
-        do_tile = load_rows(do_base, stride_do, first, len_q, False, TILE_M, DIM_V, DV)
+        do_tile = load_rows(dout, span_q, head_q, first, span_q.length, not MASKED, TILE_M, DIM_V, DV)
         dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision=PRECISION)
-        row_slope = tl.load(slope_base + row * stride_lse, mask=row < len_q, other=0.0)
+        row_slope = load_statistic(slope_base + row * stride_lse, row < span_q.length, 0.0, MASKED)
         ds = p * (tl.dot(v_tile, do_tile.T, input_precision=PRECISION) - row_slope[None, :])
         if values.softcap is not None:
             ds = ds * slope_factor
@@ -172,9 +174,19 @@ def add_queries(
 
 
 @triton.jit
-def load_lse(ptrs, within):
+def load_statistic(ptrs, within, other, MASKED: tl.constexpr):
+    """One float32 a row; rows that are none read as `other`."""
+    if MASKED:
+        statistic = tl.load(ptrs, mask=within, other=other)
+    else:
+        statistic = tl.load(ptrs)
+    return statistic
+
+
+@triton.jit
+def load_lse(ptrs, within, MASKED: tl.constexpr):
     """LSE in log2 units; rows that saw no key, or are none, read as +inf, which makes their P zero."""
-    row_lse = tl.load(ptrs, mask=within, other=float("inf"))
+    row_lse = load_statistic(ptrs, within, float("inf"), MASKED)
     return tl.where(row_lse == float("-inf"), float("inf"), row_lse) * LOG2_E
 
 
@@ -190,6 +202,8 @@ def attention_backward_q(
     sequences: Sequences,
     values: Values,
     heads_q,
+    k_descriptor,
+    v_descriptor,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_V: tl.constexpr,
@@ -215,13 +229,13 @@ def attention_backward_q(
     first = tile * TILE_M
     row = first + tl.arange(0, TILE_M)
     within = row < span_q.length
-    q_tile = load_rows(base_of(q, span_q, head), q.stride_s, first, span_q.length, False, TILE_M, DIM, D)
-    do_tile = load_rows(base_of(dout, span_q, head), dout.stride_s, first, span_q.length, False, TILE_M, DIM_V, DV)
-    row_lse = load_lse(base_of(lse, span_q, head) + row * lse.stride_s, within)
+    q_tile = load_rows(q, span_q, head, first, span_q.length, False, TILE_M, DIM, D)
+    do_tile = load_rows(dout, span_q, head, first, span_q.length, False, TILE_M, DIM_V, DV)
+    row_lse = load_lse(base_of(lse, span_q, head) + row * lse.stride_s, within, True)
     row_slope = tl.load(base_of(slope, span_q, head) + row * slope.stride_s, mask=within, other=0.0)
-    k_base = base_of(k, span_k, head // GROUP)
-    v_base = base_of(v, span_k, head // GROUP)
     dq_acc = tl.zeros([TILE_M, D], tl.float32)
+    k = Strided(k.ptr, k.stride_b, k.stride_s, k.stride_h, k_descriptor)
+    v = Strided(v.ptr, v.stride_b, v.stride_s, v.stride_h, v_descriptor)
     begin, inner_begin, inner_end, end = key_tiles(
         values, first, tl.minimum(first + TILE_M, span_q.length) - 1, span_q.length, span_k.length, TILE_N
     )
@@ -229,26 +243,25 @@ def attention_backward_q(
     inner_end = tl.minimum(inner_end, end)
     inner_begin = tl.minimum(inner_begin, inner_end)
     dq_acc = add_keys(
-        q_tile, do_tile, row_lse, row_slope, k_base, v_base, k.stride_s, v.stride_s, dq_acc, row, values,
-        span_q.length, span_k.length, inner_begin, inner_end, False, DIM, DIM_V, TILE_N, PRECISION,
+        q_tile, do_tile, row_lse, row_slope, k, v, span_q, span_k, head // GROUP, dq_acc, row, values,
+         inner_begin, inner_end, False, DIM, DIM_V, TILE_N, PRECISION,
     )  # fmt: skip
     dq_acc = add_keys(
-        q_tile, do_tile, row_lse, row_slope, k_base, v_base, k.stride_s, v.stride_s, dq_acc, row, values,
-        span_q.length, span_k.length, inner_end, end, True, DIM, DIM_V, TILE_N, PRECISION,
+        q_tile, do_tile, row_lse, row_slope, k, v, span_q, span_k, head // GROUP, dq_acc, row, values,
+         inner_end, end, True, DIM, DIM_V, TILE_N, PRECISION,
     )  # fmt: skip
     if values.left is not None:
         dq_acc = add_keys(
-            q_tile, do_tile, row_lse, row_slope, k_base, v_base, k.stride_s, v.stride_s, dq_acc, row, values,
-            span_q.length, span_k.length, begin, inner_begin, True, DIM, DIM_V, TILE_N, PRECISION,
+            q_tile, do_tile, row_lse, row_slope, k, v, span_q, span_k, head // GROUP, dq_acc, row, values,
+             begin, inner_begin, True, DIM, DIM_V, TILE_N, PRECISION,
         )  # fmt: skip
     dq_acc *= values.scale
-    store_rows(base_of(dq, span_q, head), dq.stride_s, first, span_q.room, dq_acc, TILE_M, DIM, D)
+    store_rows(dq, span_q, head, first, dq_acc, TILE_M, DIM, D)
 
 
 @triton.jit
 def add_keys(
-    q_tile, do_tile, row_lse, row_slope, k_base, v_base, stride_k, stride_v, dq_acc, row, values, len_q, len_k,
-    begin, end,
+    q_tile, do_tile, row_lse, row_slope, k, v, span_q, span_k, head_kv, dq_acc, row, values, begin, end,
     MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the key tiles begin to end to dq_acc."""
@@ -256,13 +269,13 @@ def add_keys(
     DV: tl.constexpr = do_tile.shape[1]
     for i in range(begin, end):
         first = i * TILE_N
-        k_tile = load_rows(k_base, stride_k, first, len_k, not MASKED, TILE_N, DIM, D)
-        v_tile = load_rows(v_base, stride_v, first, len_k, not MASKED, TILE_N, DIM_V, DV)
+        k_tile = load_rows(k, span_k, head_kv, first, span_k.length, not MASKED, TILE_N, DIM, D)
+        v_tile = load_rows(v, span_k, head_kv, first, span_k.length, not MASKED, TILE_N, DIM_V, DV)
         scores, slope_factor = score_slope(values, tl.dot(q_tile, k_tile.T, input_precision=PRECISION))
         p = tl.exp2(scores - row_lse[:, None])
         if MASKED:
             key = first + tl.arange(0, TILE_N)
-            p = tl.where(visible(values, row[:, None], key[None, :], len_q, len_k), p, 0.0)
+            p = tl.where(visible(values, row[:, None], key[None, :], span_q.length, span_k.length), p, 0.0)
         ds = p * (tl.dot(do_tile, v_tile.T, input_precision=PRECISION) - row_slope[:, None])
         if values.softcap is not None:
             ds = ds * slope_factor

@@ -14,6 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 POINTER_ALIGNMENT = 16
 STRIDE_ALIGNMENT = 8
@@ -52,6 +53,9 @@ class _Signature:
             if self.aligned:
                 self.attributes[path] = [["tt.divisibility", POINTER_ALIGNMENT]]
             return _POINTERS[value.dtype]
+        if isinstance(value, TensorDescriptor):
+            element = _POINTERS[value.base.dtype][1:]
+            return f"tensordesc<{element}{list(value.block_shape)}>"
         if isinstance(value, float):
             return "fp32"
         if name.startswith("stride"):

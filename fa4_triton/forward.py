@@ -37,6 +37,8 @@ def attention_forward(
     sequences: Sequences,
     values: Values,
     heads_q,
+    k_descriptor,
+    v_descriptor,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_V: tl.constexpr,
@@ -63,9 +65,9 @@ def attention_forward(
     span_k = span_of(sequences.cu_k, sequences.used_k, sequence, sequences.rows_k, sequences.batch)
     first = tile * TILE_M
     row = first + tl.arange(0, TILE_M)
-    k_base = base_of(k, span_k, head // GROUP)
-    v_base = base_of(v, span_k, head // GROUP)
-    q_tile = load_rows(base_of(q, span_q, head), q.stride_s, first, span_q.length, False, TILE_M, DIM, D)
+    k = Strided(k.ptr, k.stride_b, k.stride_s, k.stride_h, k_descriptor)
+    v = Strided(v.ptr, v.stride_b, v.stride_s, v.stride_h, v_descriptor)
+    q_tile = load_rows(q, span_q, head, first, span_q.length, False, TILE_M, DIM, D)
 
     row_max = tl.full([TILE_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([TILE_M], tl.float32)
@@ -76,17 +78,14 @@ def attention_forward(
     end = tl.where(first < span_q.length, end, begin)
     inner_end = tl.minimum(inner_end, end)
     acc, row_sum, row_max = visit(
-        q_tile, k_base, v_base, k.stride_s, v.stride_s, acc, row_sum, row_max, row, values, span_q.length,
-        span_k.length, inner_end, end, True, DIM, DIM_V, TILE_N, PRECISION,
+        q_tile, k, v, span_q, span_k, head // GROUP, acc, row_sum, row_max, row, values, inner_end, end, True, DIM, DIM_V, TILE_N, PRECISION,
     )  # fmt: skip
     acc, row_sum, row_max = visit(
-        q_tile, k_base, v_base, k.stride_s, v.stride_s, acc, row_sum, row_max, row, values, span_q.length,
-        span_k.length, inner_begin, inner_end, False, DIM, DIM_V, TILE_N, PRECISION,
+        q_tile, k, v, span_q, span_k, head // GROUP, acc, row_sum, row_max, row, values, inner_begin, inner_end, False, DIM, DIM_V, TILE_N, PRECISION,
     )  # fmt: skip
     if values.left is not None:
         acc, row_sum, row_max = visit(
-            q_tile, k_base, v_base, k.stride_s, v.stride_s, acc, row_sum, row_max, row, values, span_q.length,
-            span_k.length, begin, tl.minimum(inner_begin, inner_end), True, DIM, DIM_V, TILE_N, PRECISION,
+            q_tile, k, v, span_q, span_k, head // GROUP, acc, row_sum, row_max, row, values, begin, tl.minimum(inner_begin, inner_end), True, DIM, DIM_V, TILE_N, PRECISION,
         )  # fmt: skip
 
     if sink is not None:
@@ -104,13 +103,13 @@ def attention_forward(
     within = row < span_q.length
     acc = tl.where(within[:, None], acc, 0.0)
     row_lse = tl.where(within, row_lse, float("-inf"))
-    store_rows(base_of(out, span_q, head), out.stride_s, first, span_q.room, acc, TILE_M, DIM_V, DV)
+    store_rows(out, span_q, head, first, acc, TILE_M, DIM_V, DV)
     tl.store(base_of(lse, span_q, head) + row * lse.stride_s, row_lse, mask=row < span_q.room)
 
 
 @triton.jit
 def visit(
-    q_tile, k_base, v_base, stride_k, stride_v, acc, row_sum, row_max, row, values, len_q, len_k, begin, end,
+    q_tile, k, v, span_q, span_k, head_kv, acc, row_sum, row_max, row, values, begin, end,
     MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Folds the key tiles begin to end, the last one first, into (acc, row_sum, row_max)."""
@@ -118,16 +117,17 @@ def visit(
     DV: tl.constexpr = acc.shape[1]
     for i in range(begin, end):
         first = (end - 1 - (i - begin)) * TILE_N
-        k_tile = load_rows(k_base, stride_k, first, len_k, not MASKED, TILE_N, DIM, D)
+        k_tile = load_rows(k, span_k, head_kv, first, span_k.length, not MASKED, TILE_N, DIM, D)
         products = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         scores, factor = log2_scores(values, products)
         if MASKED:
             key = first + tl.arange(0, TILE_N)
-            scores = tl.where(visible(values, row[:, None], key[None, :], len_q, len_k), scores, float("-inf"))
+            seen = visible(values, row[:, None], key[None, :], span_q.length, span_k.length)
+            scores = tl.where(seen, scores, float("-inf"))
         row_max, pivot, rescale = follow_max(row_max, tl.max(scores, 1) * factor, values.threshold)
         p = tl.exp2(scores * factor - pivot[:, None])
         row_sum = row_sum * rescale + tl.sum(p, 1)
         acc = acc * rescale[:, None]
-        v_tile = load_rows(v_base, stride_v, first, len_k, not MASKED, TILE_N, DIM_V, DV)
+        v_tile = load_rows(v, span_k, head_kv, first, span_k.length, not MASKED, TILE_N, DIM_V, DV)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
     return acc, row_sum, row_max

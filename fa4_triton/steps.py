@@ -15,12 +15,17 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class Strided(NamedTuple):
-    """A (batch, rows, heads, head_dim) tensor: pointer and strides in elements; head_dim is contiguous."""
+    """A (batch, rows, heads, head_dim) tensor of contiguous head_dim, behind a pointer or a TMA descriptor.
+
+    Behind a pointer, strides are in elements. Behind a descriptor, which sees the tensor as a matrix of (rows, columns),
+    ptr is None, stride_b and stride_h are in the matrix's rows, and stride_s is the columns from head to head.
+    """
 
     ptr: tl.tensor
     stride_b: tl.tensor
     stride_s: tl.tensor
     stride_h: tl.tensor
+    descriptor: tl.tensor
 
 
 class Sequences(NamedTuple):
@@ -111,32 +116,44 @@ def base_of(tensor, span, head):
 
 
 @triton.jit
-def load_rows(base, stride_s, first, limit, EVEN: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr):
-    """(ROWS, D) tile from row `first` on; columns past DIM and, unless EVEN, rows from `limit` on read as zero."""
+def load_rows(
+    tensor, span, head, first, limit, EVEN: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr
+):
+    """(ROWS, D) tile of a head from row `first` of the span on.
+
+    Columns past DIM and, unless EVEN, rows from `limit` on read as zero.
+    """
     row = tl.arange(0, ROWS)
-    column = tl.arange(0, D)
-    ptrs = base + tl.cast(first, tl.int64) * stride_s + (row[:, None] * stride_s + column[None, :])
-    if EVEN and DIM == D:
-        tile = tl.load(ptrs)
-    elif EVEN:
-        tile = tl.load(ptrs, mask=(column < DIM)[None, :], other=0.0)
-    elif DIM == D:
-        tile = tl.load(ptrs, mask=(first + row < limit)[:, None], other=0.0)
+    if tensor.descriptor is not None:
+        at = span.batch * tensor.stride_b + head * tensor.stride_h + span.start + first
+        tile = tensor.descriptor.load([at.to(tl.int32), (head * tensor.stride_s).to(tl.int32)])
+        if not EVEN:
+            tile = tl.where((first + row < limit)[:, None], tile, 0.0)
     else:
-        tile = tl.load(ptrs, mask=(first + row < limit)[:, None] & (column < DIM)[None, :], other=0.0)
+        column = tl.arange(0, D)
+        base = base_of(tensor, span, head) + tl.cast(first, tl.int64) * tensor.stride_s
+        ptrs = base + (row[:, None] * tensor.stride_s + column[None, :])
+        if EVEN and DIM == D:
+            tile = tl.load(ptrs)
+        elif EVEN:
+            tile = tl.load(ptrs, mask=(column < DIM)[None, :], other=0.0)
+        elif DIM == D:
+            tile = tl.load(ptrs, mask=(first + row < limit)[:, None], other=0.0)
+        else:
+            tile = tl.load(ptrs, mask=(first + row < limit)[:, None] & (column < DIM)[None, :], other=0.0)
     return tile
 
 
 @triton.jit
-def store_rows(base, stride_s, first, limit, tile, ROWS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr):
-    """Stores a (ROWS, D) tile from row `first` on, without columns past DIM and rows from `limit` on."""
+def store_rows(tensor, span, head, first, tile, ROWS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr):
+    """Stores a (ROWS, D) tile of a head from row `first` on, without columns past DIM and rows past the span's room."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, D)
-    ptrs = base + tl.cast(first, tl.int64) * stride_s + (row[:, None] * stride_s + column[None, :])
-    mask = (first + row < limit)[:, None]
+    base = base_of(tensor, span, head) + tl.cast(first, tl.int64) * tensor.stride_s
+    mask = (first + row < span.room)[:, None]
     if DIM != D:
         mask = mask & (column < DIM)[None, :]
-    tl.store(ptrs, tile.to(base.dtype.element_ty), mask=mask)
+    tl.store(base + (row[:, None] * tensor.stride_s + column[None, :]), tile.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -181,9 +198,7 @@ def query_tiles(values, first_k, last_k, len_q, len_k, TILE_M: tl.constexpr):
     begin = first_row // TILE_M
     end = tl.maximum((last_row + TILE_M - 1) // TILE_M, begin)
     inner_begin = tl.minimum((inner_first + TILE_M - 1) // TILE_M, end)
-    # Rows past the sequence need no mask (their LSE reads as +inf), so a last, partial tile may be an inner one.
-    inner_end = tl.where(inner_last == len_q, end, inner_last // TILE_M)
-    inner_end = tl.minimum(tl.maximum(inner_end, inner_begin), end)
+    inner_end = tl.minimum(tl.maximum(inner_last // TILE_M, inner_begin), end)
     return begin, inner_begin, inner_end, end
 
 

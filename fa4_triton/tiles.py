@@ -12,12 +12,13 @@ from fa4_core.problem import Kinds
 
 
 class Tile(NamedTuple):
-    """Query rows and keys of a tile, warps of a program, stages of its software pipeline."""
+    """Query rows and keys of a tile, warps of a program, stages of its software pipeline, K and V by TMA."""
 
     m: int
     n: int
     warps: int
     stages: int
+    tma: bool = False
 
 
 @functools.cache
