@@ -512,12 +512,17 @@ class Result:
 
 
 class Machine:
-    """Executes one launch. See `launch.launch` for the usual way in."""
+    """Executes one launch. See `launch.launch` for the usual way in.
+
+    resident: clusters in flight at once. max_steps: scheduler steps before `Livelock`. register_budget: registers a
+    thread at launch, for the setmaxnreg pool. tolerate: kinds of race reports ("missing proxy fence", ...) that become
+    notes.
+    """
 
     def __init__(self, program: Program, memory: GlobalMemory, params: bytes, grid, block, *, cluster=(1, 1, 1),
                  dynamic_shared: int = 0, tensor_maps=None, schedule: Schedule | None = None, check_races: bool = True,
                  resident: int = 4, max_steps: int = 5_000_000, register_budget: int | None = None,
-                 require_init_fence: bool = True) -> None:  # fmt: skip
+                 tolerate: tuple[str, ...] = ()) -> None:  # fmt: skip
         if program.unsupported:
             raise Unsupported("; ".join(program.unsupported[:5]))
         self.program, self.memory = program, memory
@@ -532,9 +537,9 @@ class Machine:
         self.tensor_maps = tensor_maps or {}
         self.schedule = schedule or Schedule.from_seed(0)
         self.rng = random.Random(self.schedule.seed)
-        self.check_races, self.require_init_fence = check_races, require_init_fence
-        self.races = RaceLog()
+        self.check_races = check_races
         self.notes: list[str] = []
+        self.races = RaceLog(self.notes, tuple(tolerate))
         self.resident, self.max_steps = resident, max_steps
         self.executed = bytearray(len(program.nodes))
         self.counts: dict[str, int] = {}

@@ -26,8 +26,11 @@ PENDING = 1 << 20
 
 @dataclass
 class RaceLog:
-    """What the check found. `reports` are errors; each pair of program places is reported once."""
+    """What the check found. `reports` are errors, `tolerated` kinds go to `notes`; each pair of program places is
+    reported once."""
 
+    notes: list[str]
+    tolerated: tuple[str, ...] = ()
     reports: list[str] = field(default_factory=list)
     _seen: set = field(default_factory=set)
 
@@ -35,7 +38,7 @@ class RaceLog:
         key = (kind, line, other_line)
         if key not in self._seen:
             self._seen.add(key)
-            self.reports.append(f"{kind}: {text}")
+            (self.notes if kind in self.tolerated else self.reports).append(f"{kind}: {text}")
 
 
 class Actors:

@@ -22,17 +22,12 @@ def barrier_at(frame, address: int, line: int):
 def used_by_async_proxy(frame, barrier, line: int) -> None:
     """Reports a barrier whose initialisation was never fenced for the async proxy (PTX ISA 9.7.13.15.9).
 
-    Triton leaves the fence out for some barriers and runs on hardware all the same, so a launch may ask for a note
-    instead of an error.
+    Triton leaves the fence out for some barriers and runs on hardware all the same; see `tolerate` of `Machine`.
     """
     machine = frame.machine
-    if barrier.visible_to_async or not machine.check_races:
-        return
-    if not machine.require_init_fence:
-        machine.note(f"line {line}: {barrier} is used by the async proxy, its init was not fenced")
-    else:
+    if machine.check_races and not barrier.visible_to_async:
         machine.races.add("missing mbarrier init fence", line, barrier.offset,
-                                f"line {line} hands {barrier} to the async proxy, its init was not fenced")  # fmt: skip
+                          f"line {line} hands {barrier} to the async proxy, its init was not fenced")  # fmt: skip
 
 
 @handles("fence.proxy.async", "fence.proxy.alias", "fence.proxy.tensormap")
