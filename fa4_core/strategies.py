@@ -208,6 +208,7 @@ def cases(
     longest: int = 160,
     max_head_dim: int = 256,
     features: frozenset[str] | None = None,
+    used_sides: tuple[bool, bool] | None = None,
     **fixed: Any,
 ) -> Case:
     """Draws a valid Case.
@@ -216,12 +217,14 @@ def cases(
         longest: the longest sequence.
         max_head_dim: the largest head_dim and head_dim_v.
         features: the optional features that may be drawn, in the words of `Kinds.features`; None for all of them.
-        fixed: fields of Case that are not to be drawn.
+        used_sides: whether there is a seqused_q, a seqused_k; drawn when None.
+        fixed: fields of Case: values for those that are not to be drawn, or strategies to draw them from instead.
     """
 
     def pick(name: str, strategy: st.SearchStrategy, feature: str | None = None) -> Any:
         if name in fixed:
-            return fixed[name]
+            given = fixed[name]
+            return draw(given) if isinstance(given, st.SearchStrategy) else given
         if feature is not None and features is not None and feature not in features:
             return getattr(Case(), name)
         return draw(strategy)
@@ -240,9 +243,13 @@ def cases(
     else:
         lengths = pick("lengths", st.builds(lambda batch, pair: (pair,) * batch, st.integers(1, 3), pair))
 
-    def used(side: int) -> st.SearchStrategy[tuple[int, ...] | None]:
-        return st.none() | st.tuples(*(st.integers(0, lengths_of[side]) for lengths_of in lengths))
-
+    if used_sides is None:
+        has_used = features is None or "seqused" in features
+        used_sides = draw(st.tuples(st.booleans(), st.booleans())) if has_used else (False, False)
+    used = tuple(
+        st.tuples(*(st.integers(0, pair[side]) for pair in lengths)) if used_sides[side] else st.none()
+        for side in (0, 1)
+    )
     tail = st.tuples(st.sampled_from((0, 1, 70)), st.sampled_from((0, 1, 70))) if varlen else st.just((0, 0))
     edge = st.none() | st.sampled_from((0, 1, 63, 64, 65)) | st.integers(0, longest) | st.just(-1)
     return Case(
@@ -253,7 +260,7 @@ def cases(
         heads_kv=heads_kv,
         lengths=lengths,
         varlen=varlen,
-        used=pick("used", st.none() | st.tuples(used(0), used(1)), "seqused"),
+        used=pick("used", st.tuples(*used) if any(used_sides) else st.none()),
         tail=pick("tail", tail),
         causal=pick("causal", st.booleans(), "window or causal"),
         window=pick("window", st.just((None, None)) | st.tuples(edge, edge), "window or causal"),

@@ -1,0 +1,61 @@
+"""Profiles for Hypothesis, poisoned memory, and the parametrisation over backends, devices, dtypes and kernels.
+
+`python -m pytest tests` runs on the reference, and with a GPU on every backend there (`-m gpu` for those alone);
+`TRITON_INTERPRET=1 python -m pytest tests -m interpreter` runs the Triton kernels on the CPU;
+`--hypothesis-profile=soak` draws at random and for long.
+"""
+
+from __future__ import annotations
+
+import os
+
+# cuBLAS is deterministic only with a fixed workspace, which has to be chosen before CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
+
+from targets import INTERPRETED, KERNELS, TARGETS
+
+_COMMON = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+    "print_blob": True,
+}
+settings.register_profile("ci", derandomize=True, database=None, max_examples=25, **_COMMON)
+settings.register_profile("interpreter", derandomize=True, database=None, max_examples=5, **_COMMON)
+settings.register_profile(
+    "soak",
+    derandomize=False,
+    database=DirectoryBasedExampleDatabase(".hypothesis/examples"),
+    max_examples=500,
+    **_COMMON,
+)
+settings.load_profile("interpreter" if INTERPRETED else "ci")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: runs on a CUDA device")
+    config.addinivalue_line("markers", "interpreter: runs Triton's kernels in its interpreter (TRITON_INTERPRET=1)")
+    # Under this setting torch.empty fills with NaN: a result element that a kernel forgets to write shows.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = metafunc.fixturenames
+    if "target" in names and "dtype" in names:
+        pairs = [(target, dtype) for target in TARGETS for dtype in target.dtypes]
+        metafunc.parametrize(
+            ("target", "dtype"),
+            [
+                pytest.param(target, dtype, id=f"{target}-{str(dtype)[6:]}", marks=target.parameter().marks)
+                for target, dtype in pairs
+            ],
+        )
+    elif "target" in names:
+        metafunc.parametrize("target", [target.parameter() for target in TARGETS])
+    if "kernel" in names:
+        metafunc.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
