@@ -166,8 +166,10 @@ def _division(i: Instruction):
 def _extremum(i: Instruction):
     """max, min: without `.NaN` a NaN operand is ignored (PTX ISA 9.7.1.10-11, 9.7.3.11-12, 9.7.4.7-8)."""
     name, ty = i.parts[0], i.type
-    if i.has("xorsign") or i.has("abs") or i.has("relu"):
+    if i.has("xorsign") or i.has("abs") or (i.has("relu") and ty != "s32"):
         return None
+    if i.has("relu"):
+        return _one(i, f"maximum({name}imum({{0}},{{1}}),i4(0))", "i4")
     function = {("max", True): "maximum", ("max", False): "fmax", ("min", True): "minimum", ("min", False): "fmin"}
     if ty in ("f32", "f64", "f16x2", "bf16x2", "f16", "bf16"):
         ufunc = function[name, i.has("NaN")]

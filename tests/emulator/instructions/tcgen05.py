@@ -160,9 +160,9 @@ def _flush_stores(warp) -> None:
 
 @handles("tcgen05.st")
 def store(i, program):
-    sources = i.operands[1].items if isinstance(i.operands[1], Vec) else (i.operands[1],)
+    sources = i.operands[-1].items if isinstance(i.operands[-1], Vec) else (i.operands[-1],)
     shape = _TransferShape(i, len(sources))
-    split = i.operands[2].value if len(i.operands) > 2 else 0
+    split = i.operands[1].value if len(i.operands) > 2 else 0
 
     def execute(frame, mask):
         if answer := _whole_warps(i, frame, mask):
