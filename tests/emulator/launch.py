@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from .errors import RaceError
 from .machine import Machine, Result, Schedule
-from .memory import GlobalMemory
+from .memory import Allocation, GlobalMemory
 from .program import Program
 from .ptx import parse
 from .tensor_map import MAP_BYTES, TensorMap, encode
@@ -97,11 +98,47 @@ class Launch:
         Raises `EmulatorError`, and `RaceError` if `check` and the race check reported anything.
         """
         schedule = machine.pop("schedule", None) or Schedule.from_seed(seed)
+        if on_launch is not None:
+            on_launch(Recording.of(self, _three(grid), _three(block), seed, machine))
         result = Machine(self.program, self.global_memory, self.packed(), _three(grid), _three(block), schedule=schedule,
                          tensor_maps=self.tensor_maps, check_races=races, **machine).run()  # fmt: skip
         if check and result.races:
             raise RaceError(f"seed {seed}: {len(result.races)} reports\n  " + "\n  ".join(result.races[:20]))
         return result
+
+
+on_launch: Callable[[Recording], None] | None = None
+"""Called with each launch before it runs; the test fixture keeps the last one, to replay a failure."""
+
+
+@dataclass
+class Recording:
+    """Everything that a launch depends on, as plain data: run it again in another process."""
+
+    kernel: str
+    params: bytes
+    memory: list[tuple[int, int, str, bytes]]
+    tensor_maps: dict[int, TensorMap]
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    seed: int
+    options: dict
+    text: str
+
+    @classmethod
+    def of(cls, setup: Launch, grid, block, seed: int, options: dict) -> Recording:
+        memory = [(a.address, a.size, a.name, a.bytes(a.address, a.size).tobytes()) for a in setup.global_memory]
+        return cls(setup.program.kernel.name, setup.packed(), memory, dict(setup.tensor_maps), grid, block, seed,
+                   dict(options), setup.program.kernel.text)  # fmt: skip
+
+    def run(self, seed: int | None = None) -> Result:
+        """Runs the launch again, on copies of its arrays. Races are in the result."""
+        memory = GlobalMemory()
+        for address, size, name, content in self.memory:
+            memory.add(Allocation(address, size, name, content=content))
+        schedule = Schedule.from_seed(self.seed if seed is None else seed)
+        return Machine(load_program(self.text, self.kernel), memory, self.params, self.grid, self.block,
+                       schedule=schedule, tensor_maps=self.tensor_maps, **self.options).run()  # fmt: skip
 
 
 def _three(shape: Sequence[int] | int) -> tuple[int, int, int]:

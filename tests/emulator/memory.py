@@ -15,26 +15,28 @@ from .errors import OutOfBounds
 
 
 class Allocation:
-    """One registered span of bytes. `view(n)` is the memory as elements of n bytes, indexed from `aligned`."""
+    """One registered span of bytes. `view(n)` is the memory as elements of n bytes, indexed from `aligned`.
 
-    def __init__(self, address: int, size: int, name: str, keep) -> None:
+    `content` stands in for the host memory at `address`, for launches replayed in another process.
+    """
+
+    def __init__(self, address: int, size: int, name: str, keep=None, content: bytes | None = None) -> None:
         self.address, self.size, self.name, self.keep = address, size, name, keep
         self.end = address + size
         # Widened to 16-byte boundaries so that one view per width serves; bounds are checked against the true span.
         self.aligned = address & ~15
-        length = -(-(self.end - self.aligned) // 16) * 16
-        buffer = (ctypes.c_uint8 * max(length, 16)).from_address(self.aligned)
-        self._bytes = np.ctypeslib.as_array(buffer)
+        length = max(-(-(self.end - self.aligned) // 16) * 16, 16)
+        if content is None:
+            self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(self.aligned))
+        else:
+            self._bytes = np.zeros(length, np.uint8)
+            self.bytes(address, size)[:] = np.frombuffer(content, np.uint8)
         self._views: dict[int, np.ndarray] = {}
 
     def view(self, width: int) -> np.ndarray:
         if width not in self._views:
-            if width == 16:
-                self._views[width] = self._bytes.view(np.uint64).reshape(-1, 2)
-            elif width == 32:
-                raise ValueError("no 32-byte elements")
-            else:
-                self._views[width] = self._bytes.view(f"u{width}")
+            pairs = self._bytes.view(np.uint64).reshape(-1, 2) if width == 16 else self._bytes.view(f"u{width}")
+            self._views[width] = pairs
         return self._views[width]
 
     def bytes(self, address: int, size: int) -> np.ndarray:
@@ -52,13 +54,14 @@ class GlobalMemory:
         self._starts: list[int] = []
         self._allocations: list[Allocation] = []
 
-    def add(self, address: int, size: int, name: str, keep=None) -> Allocation:
-        """Registers `size` bytes at a host address. `keep` is held so that the memory outlives the launch."""
-        allocation = Allocation(address, size, name, keep)
-        at = bisect.bisect(self._starts, address)
-        self._starts.insert(at, address)
+    def add(self, allocation: Allocation) -> Allocation:
+        at = bisect.bisect(self._starts, allocation.address)
+        self._starts.insert(at, allocation.address)
         self._allocations.insert(at, allocation)
         return allocation
+
+    def __iter__(self):
+        return iter(self._allocations)
 
     def add_array(self, array, name: str) -> int:
         """Registers a numpy array or a CPU torch tensor, whole span between its lowest and highest element, once.
@@ -82,7 +85,7 @@ class GlobalMemory:
         size = (sum((n - 1) * s for n, s in zip(shape, strides)) + 1) * itemsize
         known = self.lookup(address)
         if known is None or known.end < address + size:
-            self.add(address, size, name, array)
+            self.add(Allocation(address, size, name, keep=array))
         return address
 
     def lookup(self, address: int) -> Allocation | None:

@@ -164,15 +164,11 @@ class Kernel:
     dynamic_shared: int = SHARED_BASE
     local_bytes: int = 0
     line: int = 0
+    text: str = ""
 
     @property
     def param_bytes(self) -> int:
         return max((p.offset + p.size for p in self.params), default=0)
-
-    @property
-    def shared_static_end(self) -> int:
-        """First byte after the static shared variables: dynamic shared memory starts here, aligned."""
-        return self.dynamic_shared
 
 
 SPECIAL_REGISTERS = frozenset(
@@ -203,13 +199,14 @@ def parse(text: str) -> dict[str, Kernel]:
     Returns one `Kernel` per `.entry`, by name, in the order of the text.
     Raises `PtxSyntaxError`, naming the line, on text outside the subset.
     """
+    original = text
     text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m.group(0).count("\n"), text, flags=re.S)
     text = re.sub(r"//[^\n]*", "", text)
     shared, dynamic = _module_shared(text)
     kernels = {}
     for match in re.finditer(r"\.entry\s+([\w$]+)\s*\(", text):
         kernel = Kernel(match.group(1), shared_symbols=shared, static_shared=dynamic - SHARED_BASE,
-                        dynamic_shared=dynamic, line=text.count("\n", 0, match.start()) + 1)  # fmt: skip
+                        dynamic_shared=dynamic, line=text.count("\n", 0, match.start()) + 1, text=original)  # fmt: skip
         end = text.index(")", match.end())
         _read_params(kernel, text[match.end() : end])
         body = text.index("{", end)
