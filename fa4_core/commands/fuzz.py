@@ -49,7 +49,7 @@ def run_fuzz(
 
     Args:
         attention: `dispatch.attention`.
-        minutes: how long; at least one batch is drawn. Shrinking a failure may take longer.
+        minutes: how long; at least one call is checked. Shrinking a failure may take longer.
         named: backends by name; None: every one that is available.
         longest: the longest sequence.
         seed: draws the same problems again; None: new ones.

