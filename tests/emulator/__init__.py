@@ -6,7 +6,7 @@ reads documented artifacts only: the PTX (and for the CuTe DSL the IR) that the 
 
 from .errors import (BarrierMisuse, Deadlock, EmulatorError, Livelock, OutOfBounds, PtxSyntaxError, RaceError,
                      TensorMemoryError, Unsupported)  # fmt: skip
-from .launch import Launch, launch, launch_triton
+from .launcher import Launch, launch, launch_triton
 from .machine import Result, Schedule
 from .program import Program
 from .ptx import parse

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from .errors import EmulatorError
-from .launch import Recording
+from .launcher import Recording
 from .program import Program
 from .ptx import BANKS, parse
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import EmulatorError
-from .launch import Launch, load_program
+from .launcher import Launch, load_program
 from .machine import Result
 from .tensor_map import TensorMap
 
@@ -188,7 +188,7 @@ def launch_cute(ptx: str, ir: str, grid, block, values: Sequence, *, kernel: str
     values: one for each operand of `read_operands`, in order. Arrays (numpy or CPU torch, viewed in the kernel's mode
     order) stand for memrefs, TMA atoms and, by their sizes, coordinate tensors; ints for i32 and divisors; None for
     what the kernel does not read (tiled MMAs).
-    Raises ValueError if the values do not match the PTX parameters, else as `launch.launch`.
+    Raises ValueError if the values do not match the PTX parameters, else as `launcher.launch`.
     """
     program = load_program(ptx, kernel)
     operands = read_operands(ir, program.kernel.name)

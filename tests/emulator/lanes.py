@@ -234,13 +234,13 @@ def bit_extract(a, position, length, dtype):
     bits = 8 * np.dtype(dtype).itemsize
     wide = np.asarray(a).astype(u8) if bits == 64 else np.asarray(a).view(u4).astype(u8)
     position, length = np.asarray(position).astype(u8) & u8(255), np.asarray(length).astype(u8) & u8(255)
-    shifted = np.where(position < u8(64), wide >> np.minimum(position, u8(63)), u8(0))
-    mask = np.where(length < u8(64), (u8(1) << np.minimum(length, u8(63))) - u8(1), ~u8(0))
-    value = shifted & mask
+    inside = np.minimum(length, np.where(position < u8(bits), u8(bits) - position, u8(0)))
+    mask = np.where(inside < u8(64), (u8(1) << np.minimum(inside, u8(63))) - u8(1), ~u8(0))
+    value = (wide >> np.minimum(position, u8(63))) & mask
     if np.dtype(dtype).kind == "i":
         top = np.minimum(position + np.maximum(length, u8(1)) - u8(1), u8(bits - 1))
-        sign = (wide >> top) & u8(1)
-        value = np.where((length > 0) & (sign == 1), value | ~mask, value)
+        negative = (length > 0) & ((wide >> top) & u8(1) == 1)
+        value = np.where(negative, value | ~mask, value)
     return value.astype(f"u{bits // 8}").view(dtype)
 
 

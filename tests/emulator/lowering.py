@@ -81,7 +81,12 @@ _BITWISE = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor"}
 
 
 def _float_template(i: Instruction, template: str) -> str:
-    return f"flush({template})" if i.has("ftz") else template
+    """With `.ftz`, subnormal sources and results are zero (PTX ISA 9.7.3)."""
+    if not i.has("ftz"):
+        return template
+    for n in range(3):
+        template = template.replace(f"{{{n}}}", f"flush({{{n}}})")
+    return f"flush({template})"
 
 
 @_lowers("add", "sub", "mul")
@@ -96,7 +101,7 @@ def _arithmetic(i: Instruction):
         if i.has("rz") or i.has("rp"):
             return None
         if i.has("ftz"):
-            return _one(i, f"flush({{0}}{_SYMBOL[name]}{{1}})", DTYPE[ty])
+            return _one(i, f"flush(flush({{0}}){_SYMBOL[name]}flush({{1}}))", DTYPE[ty])
         return _one(i, _BINARY[name], DTYPE[ty])
     if ty in ("f16x2", "bf16x2"):
         return _one(i, f"half_op({_BINARY[name]},{ty[:-2]!r},{{0}},{{1}})", "u4")
@@ -297,7 +302,7 @@ def _set_predicate(i: Instruction):
         positive, negative = (f"(({x}){combine}{{2}})" for x in (positive, negative))
     if isinstance(operands[0], Pair):
         return [(positive, operands[0].first, "b1", sources), (negative, operands[0].second, "b1", sources)]
-    if len(operands) == 3 and comparison.count("(") == 1 and comparison[0] != "~":
+    if len(operands) == 3 and comparison.split("(")[0] in _COMPARE.values() and ty != "bf16":
         positive = comparison.split("(")[0]
     return [(positive, operands[0], "b1", sources)]
 

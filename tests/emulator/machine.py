@@ -512,7 +512,7 @@ class Result:
 
 
 class Machine:
-    """Executes one launch. See `launch.launch` for the usual way in.
+    """Executes one launch. See `launcher.launch` for the usual way in.
 
     resident: clusters in flight at once. max_steps: scheduler steps before `Livelock`. register_budget: registers a
     thread at launch, for the setmaxnreg pool. tolerate: kinds of race reports ("missing proxy fence", ...) that become

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from . import launch as _launch
+from . import launcher as _launch
 from .cute_launch import launch_cute
 from .triton_backend import emulated_triton
 
@@ -25,7 +25,7 @@ class Emulator:
     """What the fixture hands out: the ways to launch. Each takes `seed`, which picks the schedule, and raises an
     `EmulatorError` on races, deadlocks, out-of-bounds accesses and the like.
 
-    run: any PTX text (`launch.launch`). triton: a result of `triton.compile` (`launch.launch_triton`). cute: kept PTX and
+    run: any PTX text (`launcher.launch`). triton: a result of `triton.compile` (`launcher.launch_triton`). cute: kept PTX and
     IR of the CuTe DSL (`cute_launch.launch_cute`). triton_backend: the project's Triton backend on CPU tensors.
     """
 

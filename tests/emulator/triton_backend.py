@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .launch import launch_triton
+from .launcher import launch_triton
 from .machine import Result
 
 _COMPILED: dict[tuple, Any] = {}
