@@ -206,6 +206,7 @@ def cases(
     draw: st.DrawFn,
     *,
     longest: int = 160,
+    sequences: int = 4,
     max_head_dim: int = 256,
     features: frozenset[str] | None = None,
     used_sides: tuple[bool, bool] | None = None,
@@ -215,6 +216,7 @@ def cases(
 
     Args:
         longest: the longest sequence.
+        sequences: the most sequences, or batch elements.
         max_head_dim: the largest head_dim and head_dim_v.
         features: the optional features that may be drawn, in the words of `Kinds.features`; None for all of them.
         used_sides: whether there is a seqused_q, a seqused_k; drawn when None.
@@ -239,9 +241,11 @@ def cases(
     varlen = pick("varlen", st.booleans(), "varlen")
     pair = st.tuples(_lengths(longest), _lengths(longest))
     if varlen:
-        lengths = pick("lengths", st.lists(pair, min_size=0, max_size=4).map(tuple))
+        lengths = pick("lengths", st.lists(pair, min_size=0, max_size=sequences).map(tuple))
     else:
-        lengths = pick("lengths", st.builds(lambda batch, pair: (pair,) * batch, st.integers(1, 3), pair))
+        lengths = pick(
+            "lengths", st.builds(lambda batch, pair: (pair,) * batch, st.integers(1, min(3, sequences)), pair)
+        )
 
     if used_sides is None:
         has_used = features is None or "seqused" in features

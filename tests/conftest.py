@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
-
 from targets import INTERPRETED, KERNELS, TARGETS
 
 _COMMON = {

@@ -32,11 +32,17 @@ class Target:
         return f"{self.backend}-{self.device}"
 
     @property
-    def is_exact(self) -> bool:
-        """Whether the backend is a plain PyTorch one, for which compilation costs nothing."""
-        return self.backend == "reference"
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter runs it: on the CPU, slowly."""
+        return self.backend == "triton" and self.device == "cpu"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether new compile-time axes cost it seconds."""
+        return self.backend != "reference" and not self.interpreted
 
     def parameter(self):
+        """The target as a value of `pytest.mark.parametrize`."""
         marks = []
         if self.device != "cpu":
             marks.append(pytest.mark.gpu)
@@ -44,16 +50,12 @@ class Target:
             marks.append(pytest.mark.interpreter)
         return pytest.param(self, id=str(self), marks=marks)
 
-    @property
-    def interpreted(self) -> bool:
-        return self.backend == "triton" and self.device == "cpu"
-
 
 def _targets() -> list[Target]:
     if INTERPRETED:
         # The interpreter computes bfloat16 on raw bits, silently wrong, so bfloat16 is left to the GPU. About 30 ms for
-        # one head of 256 rows: short sequences and few heads.
-        small = {"longest": 70, "heads_kv": st.integers(1, 2)}
+        # one head of 256 rows: few, short sequences and few heads.
+        small = {"longest": 70, "sequences": 2, "max_head_dim": 64, "heads_kv": 1, "heads_q": st.integers(1, 2)}
         return [Target("triton", "cpu", (torch.float16, torch.float32), small)]
     found = [Target("reference", "cpu")]
     if torch.cuda.is_available():
@@ -85,7 +87,8 @@ SINK = st.sampled_from(("normal", "off", "large"))
 
 def _kernel(head_dim: int, head_dim_v: int | None = None, group: int = 1, **changed: Any) -> dict[str, Any]:
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
-    heads = {"heads_kv": 2, "heads_q": 2 * group}
+    heads_kv = 1 if INTERPRETED else 2
+    heads = {"heads_kv": heads_kv, "heads_q": heads_kv * group}
     return {**PLAIN, **heads, "head_dim": head_dim, "head_dim_v": head_dim_v, **changed}
 
 
