@@ -24,7 +24,7 @@ MASKS = {
 
 
 def edges(len_q, len_k, causal=False, window=(None, None)):
-    """(row, key, visible) at each edge of the visible range of rows at tile edges: last key inside, first one outside."""
+    """(row, key, visible): of rows at tile edges, the last visible and the first hidden key at each side."""
     left = math.inf if window[0] is None else window[0]
     right = 0 if causal else math.inf if window[1] is None else window[1]
     for row in sorted({0, 1, 15, 16, 31, 32, 63, 64, 65, 127, 128, len_q // 2, len_q - 1} & set(range(len_q))):
