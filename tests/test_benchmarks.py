@@ -1,0 +1,401 @@
+"""The benchmark harness: FLOPs, names, rows, result files, tables, charts. Only its timing needs a GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dispatch
+from benchmarks import chart as chart_script
+from fa4_core.bench import report, timing
+from fa4_core.bench.cases import DTYPES, SUITES, Case
+from fa4_core.bench.contestants import RACE, Contestant, FlashAttention3, all_contestants
+from fa4_core.bench.harness import Bench, make_tensors
+from fa4_core.bench.results import Results, open_results
+from fa4_core.bench.timing import WallTimer, interleaved
+
+CPU = torch.device("cpu")
+SMALL = Case(16, 2, 1, 1, 48, 48, causal=True, dtype="fp32")
+
+drawn_cases = st.builds(
+    Case,
+    head_dim=st.sampled_from((16, 64, 256)),
+    heads_q=st.integers(1, 64),
+    heads_kv=st.integers(1, 64),
+    batch=st.integers(1, 99),
+    seqlen_q=st.integers(1, 70),
+    seqlen_k=st.integers(1, 70),
+    causal=st.booleans(),
+    window=st.none() | st.integers(0, 80),
+    dtype=st.sampled_from(tuple(DTYPES)),
+)
+
+
+@given(drawn_cases)
+def test_a_cases_name_says_everything(case):
+    assert Case.parse(case.name) == case
+
+
+def test_names_are_as_in_the_result_files():
+    assert Case(128, 16, 16, 1, 16384, 16384, causal=True).name == "D128 H16/16 B1 S16384 causal bf16"
+    assert Case(64, 32, 8, 2, 1, 4096, causal=False, window=9).name == "D64 H32/8 B2 S1/4096 full window 9 bf16"
+
+
+@pytest.mark.parametrize("name", ["", "D64", "D64 H8/8 B1 S1 causal", "D64 H8/8 B1 S1 causal int8", "decode"])
+def test_other_names_are_refused(name):
+    with pytest.raises(ValueError, match=re.escape(repr(name))):
+        Case.parse(name)
+
+
+@given(drawn_cases)
+def test_flops_count_the_pairs_that_the_reference_attends_to(case):
+    """With v the identity, the output is P itself: its non-zeros are the visible pairs."""
+    q = torch.zeros(1, case.seqlen_q, 1, 1)
+    k = torch.zeros(1, case.seqlen_k, 1, 1)
+    v = torch.eye(case.seqlen_k)[None, :, None]
+    p = dispatch.attention(q, k, v, causal=case.causal, window=(case.window, None), backend="reference")
+    assert case.visible_pairs == int((p > 0).sum())
+    assert case.forward_flops == 4 * case.head_dim * case.visible_pairs * case.heads_q * case.batch
+
+
+def test_the_matrix_holds_the_cells_that_are_promised():
+    forward = {(c.head_dim, c.causal, c.seqlen_q) for c in SUITES["forward"] if c.window is None}
+    lengths = (2048, 8192, 16384)
+    assert forward == {(d, causal, s) for d in (64, 128, 256) for causal in (False, True) for s in lengths}
+    backward = {(c.head_dim, c.causal, c.seqlen_q) for c in SUITES["backward"]}
+    assert backward == {cell for cell in forward if cell[0] != 256}
+    for case in (*SUITES["forward"], *SUITES["backward"]):
+        assert case.heads_q * case.head_dim == 2048
+        assert case.batch * case.seqlen_q == 16384
+        # Twice the largest L2 there is: a call cannot find in it what the call before left there.
+        assert case.forward_bytes > 2 * 126 * 2**20
+    windows = [c for c in SUITES["forward"] if c.window is not None]
+    assert {(c.causal, c.seqlen_q, c.window) for c in windows} == {(True, 16384, 1024)}
+
+
+@pytest.mark.parametrize("name", RACE)
+def test_contestants_say_on_the_cpu_that_they_need_a_gpu(name):
+    contestant = all_contestants(dispatch.attention)[name]
+    why = contestant.unavailable(CPU)
+    if name == "triton" and why is None:
+        pytest.skip("Triton's interpreter runs the kernels on the CPU in this process")
+    assert why
+
+
+def test_contestants_refuse_what_they_would_compute_differently():
+    known = all_contestants(dispatch.attention)
+    windowed, bottom_right = replace(SMALL, window=4), replace(SMALL, seqlen_q=7)
+    for name in ("fa2", "cudnn", "math"):
+        assert "window" in known[name].refusal(windowed, backward=False)
+        assert "top-left" in known[name].refusal(bottom_right, backward=False)
+        assert known[name].refusal(replace(SMALL, dtype="bf16"), backward=True) is None
+
+
+def test_fa3_refuses_what_its_build_leaves_out(monkeypatch):
+    flags = {"BACKWARD": True, "LOCAL": True, "FP16": True}
+    module = type(report)("fa3_fwd_config")
+    module.CONFIG = {"build_flags": {f"FLASHATTENTION_DISABLE_{name}": value for name, value in flags.items()}}
+    monkeypatch.setitem(sys.modules, "fa3_fwd_config", module)
+    case = replace(SMALL, dtype="bf16")
+    assert FlashAttention3().refusal(case, backward=False) is None
+    assert FlashAttention3().refusal(case, backward=True) == "this build leaves out backward"
+    assert FlashAttention3().refusal(replace(case, window=4), backward=False) == "this build leaves out local"
+    assert FlashAttention3().refusal(replace(case, dtype="fp16"), backward=False) == "this build leaves out fp16"
+
+
+class Fake(Contestant):
+    """Computes what `compute` computes."""
+
+    def __init__(self, name, compute=None, unavailable=None, heads_first=False):
+        self.name = name
+        self.heads_first = heads_first
+        self._compute = compute or (lambda case: dispatch_on(case))
+        self._unavailable = unavailable
+
+    def unavailable(self, device):
+        return self._unavailable
+
+    def refusal(self, case, backward):
+        return None
+
+    def function(self, case):
+        return self._compute(case)
+
+
+def dispatch_on(case):
+    options = {"causal": case.causal, "window": (case.window, None)}
+    return lambda q, k, v: dispatch.attention(q, k, v, **options)
+
+
+def rows_of(suite, *contestants, rounds=2, reference=dispatch.attention, deadline=math.inf, cases=(SMALL,)):
+    bench = Bench(WallTimer(), CPU, rounds, reference)
+    named = {contestant.name: contestant for contestant in contestants}
+    return [row for rows in bench.run(suite, cases, named, deadline) for row in rows]
+
+
+@pytest.mark.parametrize("suite", ["forward", "backward"])
+def test_every_contestant_gives_a_row_with_its_rate(suite):
+    rows = rows_of(suite, Fake("one"), Fake("two"))
+    for row in rows:
+        flops = SMALL.forward_flops * (2.5 if suite == "backward" else 1)
+        assert row["tflops"] == pytest.approx(flops / row["ms"] / 1e9)
+        assert row["error_norm"] < 1e-6
+        assert row["case"] == SMALL.name
+    assert [row["name"] for row in rows] == ["one", "two"]
+
+
+def test_heads_first_contestants_are_compared_in_the_common_layout():
+    def sdpa(case):
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return lambda q, k, v: attend(q, k, v, is_causal=case.causal, enable_gqa=True)
+
+    for suite in ("forward", "backward"):
+        (row,) = rows_of(suite, Fake("sdpa", sdpa, heads_first=True))
+        assert row["error_norm"] < 1e-5
+
+
+def test_one_that_raises_does_not_end_the_race():
+    def broken(case):
+        raise RuntimeError("no kernel image\nmore lines")
+
+    first, second, third = rows_of(
+        "forward", Fake("broken", broken), Fake("absent", unavailable="not here"), Fake("ok")
+    )
+    assert first["error"] == "RuntimeError: no kernel image"
+    assert second["skipped"] == "not here"
+    assert third["ms"] > 0
+
+
+def test_one_that_raises_while_it_is_timed_leaves_an_error_and_no_time():
+    def late(case):
+        calls = iter(range(3))
+
+        def function(q, k, v):
+            if next(calls, None) is None:
+                raise RuntimeError("launch failure")
+            return dispatch_on(case)(q, k, v)
+
+        return function
+
+    first, second = rows_of("forward", Fake("late", late), Fake("ok"), rounds=5)
+    assert first["error"] == "RuntimeError: launch failure"
+    assert "ms" not in first
+    assert second["ms"] > 0
+
+
+@pytest.mark.parametrize("factor", [1.05, math.nan])
+def test_a_wrong_result_is_an_error_not_a_time(factor):
+    (row,) = rows_of("forward", Fake("wrong", lambda case: lambda q, k, v: factor * dispatch_on(case)(q, k, v)))
+    assert row["error"].startswith("ArithmeticError: wrong result")
+    assert "ms" not in row
+
+
+def test_a_wrong_gradient_is_an_error_not_a_time():
+    def wrong(case):
+        return lambda q, k, v: dispatch_on(case)(q, k.detach(), v) + 0.0 * k.sum()
+
+    (row,) = rows_of("backward", Fake("wrong", wrong))
+    assert "wrong result" in row["error"]
+
+
+def test_cases_past_the_deadline_say_so():
+    (row,) = rows_of("forward", Fake("one"), deadline=-math.inf)
+    assert row["skipped"] == "the time budget was spent"
+
+
+def test_host_rows_hold_all_three_times():
+    (row,) = rows_of("host", Fake("one"))
+    assert row["wall_us"] > 0
+    assert row["wall_grad_us"] > 0
+    assert row["wall_step_us"] > row["wall_grad_us"] / 2
+
+
+def test_inputs_are_normal_and_the_same_for_every_run():
+    first, second = (make_tensors(replace(SMALL, seqlen_q=512), CPU) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert first.q.std().item() == pytest.approx(1.0, abs=0.05)
+    assert first.q.shape == (1, 512, 2, 16)
+    assert first.k.shape == (1, 48, 1, 16)
+
+
+def test_rounds_interleave_and_start_with_another_contestant_each_time():
+    order = []
+    samples = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
+    times = interleaved(samples, 3)
+    assert "".join(order) == "abcbcacab"
+    assert times == {"a": [1.0] * 3, "b": [1.0] * 3, "c": [1.0] * 3}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_timer_measures_the_device_not_the_host():
+    x = torch.randn(4096, 4096, device="cuda")
+    timer = timing.CudaTimer()
+    prepared = timer.prepare(lambda: lambda: x @ x)
+    assert prepared.method == "graph"
+    once, again = prepared.sample(), prepared.sample()
+    assert once == pytest.approx(again, rel=0.3)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(50):
+        _ = x @ x
+    end.record()
+    end.synchronize()
+    assert once == pytest.approx(start.elapsed_time(end) / 50, rel=0.3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_what_cannot_be_captured_is_timed_with_events():
+    x = torch.randn(1024, 1024, device="cuda")
+    prepared = timing.CudaTimer().prepare(lambda: lambda: (x @ x).sum().item())
+    assert prepared.method.startswith("events, not capturable")
+    assert prepared.sample() > 0
+
+
+ENVIRONMENT = {
+    "device": "NVIDIA Test GPU",
+    "torch": "2.11.0",
+    "cudnn": 91900,
+    "triton": "3.6.0",
+    "peers": {"fa3": "0.0.3", "fa4": None},
+}
+
+
+@pytest.fixture
+def sample():
+    """A small result file's content: two lengths, one window, host and memory rows, a skip and an error."""
+    results = Results(dict(ENVIRONMENT))
+    results.start_run("0123456789abcdef")
+    base = Case(128, 16, 16, 1, 16384, 16384, causal=True)
+    rows = []
+    for case, ms in ((base, 2.0), (replace(base, batch=8, seqlen_q=2048, seqlen_k=2048), 0.4)):
+        for name, factor in (("triton", 1.0), ("fa2", 1.5), ("cudnn", 0.8)):
+            for suite, flops in (("forward", case.forward_flops), ("backward", case.backward_flops)):
+                tflops = flops / (ms * factor) / 1e9
+                rows.append({"suite": suite, "case": case.name, "name": name, "ms": ms * factor, "tflops": tflops})
+    windowed = replace(base, window=1024)
+    rows.append({"suite": "forward", "case": windowed.name, "name": "triton", "ms": 0.3, "tflops": 400.0})
+    rows.append({"suite": "forward", "case": windowed.name, "name": "fa2", "skipped": "has no window"})
+    rows.append({"suite": "backward", "case": base.name, "name": "fa4", "error": "RuntimeError: boom"})
+    rows.append({"suite": "host", "case": base.name, "name": "triton", "wall_us": 30.5, "wall_grad_us": 50.0})
+    rows.append({"suite": "memory", "case": base.name, "name": "triton", "extra_mib": 65.0})
+    results.add(rows)
+    return results
+
+
+def test_result_files_round_trip_and_keep_the_promised_form(sample, tmp_path):
+    path = tmp_path / "h100.json"
+    sample.save(path)
+    content = json.loads(path.read_text())
+    assert content["environment"]["device"] == "NVIDIA Test GPU"
+    assert content["environment"]["runs"][0]["commit"] == "0123456789abcdef"
+    row = content["rows"][0]
+    assert {"suite", "case", "name", "ms", "tflops"} <= set(row)
+    assert row["case"] == "D128 H16/16 B1 S16384 causal bf16"
+    again = Results.load(path)
+    assert again.rows == sample.rows
+    assert again.environment == ENVIRONMENT
+
+
+def test_a_cell_measured_again_replaces_its_row_and_spent_runs_go(sample, tmp_path):
+    path = tmp_path / "h100.json"
+    sample.save(path)
+    results = open_results(path, dict(ENVIRONMENT))
+    count = len(results.rows)
+    results.start_run("new")
+    results.add([dict(row, ms=9.0) for row in results.rows])
+    results.save(path)
+    again = Results.load(path)
+    assert len(again.rows) == count
+    assert [run["commit"] for run in again.runs] == ["new"]
+    assert {row["run"] for row in again.rows} == {0}
+
+
+def test_results_of_another_machine_do_not_mix(sample, tmp_path):
+    path = tmp_path / "h100.json"
+    sample.save(path)
+    with pytest.raises(ValueError, match="device NVIDIA Test GPU there, Other here"):
+        open_results(path, ENVIRONMENT | {"device": "Other"})
+
+
+def test_the_text_report_ends_with_ratios(sample):
+    text = report.text(sample.rows)
+    line = next(line for line in text.splitlines() if line.startswith("D128 H16/16 B1 S16384 causal bf16"))
+    assert line.split()[-2:] == ["1.50", "0.80"]
+    assert "skipped: fa2, 1 cells: has no window" in text
+    assert "error: fa4, 1 cells: RuntimeError: boom" in text
+    shares = report.window_shares(sample.rows)
+    assert shares.loc["D128 H16/16 B1 S16384 causal window 1024 bf16", "triton"] == pytest.approx(0.15)
+
+
+def test_the_readmes_tables_are_written_between_the_markers(sample, tmp_path):
+    path, readme, picture = tmp_path / "h100.json", tmp_path / "README.md", tmp_path / "speed.png"
+    sample.save(path)
+    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    for _ in range(2):  # writing twice is writing once
+        chart_script.main(path, readme, picture)
+    written = readme.read_text()
+    assert written.startswith("before\n<!-- results -->\n")
+    assert written.endswith("<!-- /results -->\nafter\n")
+    assert "old" not in written
+    rate = Case.parse("D128 H16/16 B1 S16384 causal bf16").forward_flops / 2.0 / 1e9
+    assert f"| D128 H16/16 B1 S16384 causal bf16 | {rate:.0f} |" in written
+    assert "FA2 (SDPA)" in written
+    assert "NVIDIA Test GPU with torch 2.11.0, cuDNN 91900, Triton 3.6.0, FA3 0.0.3" in written
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_readme_without_markers_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(ValueError, match="<!-- results -->"):
+        report.write_between(tmp_path / "README.md", "results", "x")
+
+
+RESULTS = Path(chart_script.ROOT) / "benchmarks" / "results" / "h100.json"
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="no results are recorded yet")
+def test_the_readme_shows_the_recorded_results():
+    """Whoever commits results runs `python -m benchmarks.chart`, too."""
+    readme = (chart_script.ROOT / "README.md").read_text()
+    shown = readme.split("<!-- results -->\n")[1].split("\n<!-- /results -->")[0]
+    assert shown == report.markdown(Results.load(RESULTS))
+
+
+def test_the_record_of_a_test_run_says_what_passed_failed_and_was_skipped(tmp_path):
+    """In a process of its own: pytest inside pytest would share its plugins and modules."""
+    (tmp_path / "test_sample.py").write_text(
+        "import pytest\n"
+        "def test_passes(): pass\n"
+        "@pytest.mark.parametrize('i', [1, 2])\n"
+        "@pytest.mark.skip(reason='no second device')\n"
+        "def test_skips(i): pass\n"
+        "def test_fails(): assert 1 == 2\n"
+        "@pytest.fixture\n"
+        "def broken(): raise OSError('no disk')\n"
+        "def test_errs(broken): pass\n"
+    )
+    out = tmp_path / "record.json"
+    options = ["--out", str(out), "--commit", "abc", "--anywhere"]
+    pytest_arguments = ["-q", "-p", "no:cacheprovider", "-c", "/dev/null", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.gpu_tests", *options, "--", *pytest_arguments]
+    done = subprocess.run(command, cwd=chart_script.ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    content = json.loads(out.read_text())
+    assert (content["passed"], content["failed"], content["errors"], content["skipped"]) == (1, 1, 1, 2)
+    assert content["skip_reasons"] == {"no second device": 2}
+    assert len(content["failures"]) == 2
+    assert content["commit"] == "abc"
+    assert content["torch"] == torch.__version__
+    assert any("test_passes" in name for name in content["slowest"])
