@@ -100,9 +100,8 @@ def test_fuzz_passes_on_the_reference(run):
 
 
 def test_fuzz_prints_a_minimal_call_that_fails_when_pasted(run, monkeypatch):
-    result = run(
-        "fuzz", "--minutes", "1", "--backend", "reference", "--longest", "20", module=with_attention(off_by_one_key)
-    )
+    options = ("--minutes", "1", "--backend", "reference", "--longest", "20", "--seed", "1")
+    result = run("fuzz", *options, module=with_attention(off_by_one_key))
     assert result.exit_code == 1
     assert "FAILED, minimal example" in result.stdout
     source = result.stdout[result.stdout.index("import torch") :]
@@ -116,7 +115,7 @@ def test_fuzz_prints_a_minimal_call_that_fails_when_pasted(run, monkeypatch):
         exec(source, {})
     case = next(line for line in source.splitlines() if line.startswith("case = "))
     assert "causal=True" in case
-    assert "varlen" not in case, "the example was not shrunk"
+    assert case.count("=") <= 5, "the example was not shrunk: a drawn case sets over ten fields"
 
 
 def test_fuzz_stops_at_a_cuda_error_without_shrinking(run):
