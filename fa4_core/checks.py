@@ -236,7 +236,7 @@ def expected(
                         whole[(*at_k, head)] = part
                     else:
                         whole[(*at_q, heads)] = part.transpose(0, 1)
-    if "dsink" in results:
+    if sink is not None and "dsink" in results:
         budgets["dsink"] += UNIT[sink.dtype] * results["dsink"].abs()
     for both in (results, budgets):
         both["lse"] = both["lse"].transpose(-1, -2)
@@ -268,7 +268,7 @@ class _Block(NamedTuple):
     dlse: Tensor | None
 
     def to(self, dtype: torch.dtype) -> _Block:
-        return _Block(*(None if t is None else t.to(dtype) for t in self))
+        return _Block(*(None if t is None else t.to(dtype) for t in self))  # type: ignore[arg-type]
 
 
 Index = tuple[int | slice, ...]

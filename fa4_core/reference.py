@@ -67,7 +67,7 @@ def _clamped(length: int | Tensor, room: int | Tensor) -> int | Tensor:
 def _span(start: int | Tensor, length: int | Tensor, bound: int, total: int) -> tuple[Rows, int | Tensor]:
     if isinstance(start, int) and isinstance(length, int):
         return slice(start, start + length), length
-    device = length.device if isinstance(length, Tensor) else start.device
+    device = next(t.device for t in (length, start) if isinstance(t, Tensor))
     position = torch.arange(bound, device=device)
     rows = (start + position).long()
     valid = (position < length) & (rows >= 0) & (rows < total)
@@ -243,26 +243,31 @@ class ReferenceBackend(Backend):
         if dlse is not None:
             slope += dlse.transpose(-1, -2).reshape(slope.shape)
         grads = [_canvas(t, dtype) for t in (q, k, v)]
-        dsink = None if inputs.sink is None else inputs.sink.new_zeros(problem.heads_q, dtype=dtype)
+        sink = inputs.sink
+        dsink = None if sink is None else sink.new_zeros(problem.heads_q, dtype=dtype)
         for seq in _sequences(problem, inputs):
             row_lse = _take(lse[..., None], seq.rows_q, dtype)[..., 0]
             row_slope = _take(slope[..., None], seq.rows_q, dtype)[..., 0]
             parts = _backward_sequence(
                 problem,
                 seq,
-                *(_take(t, rows, dtype) for t, rows in ((q, seq.rows_q), (k, seq.rows_k), (v, seq.rows_k))),
+                _take(q, seq.rows_q, dtype),
+                _take(k, seq.rows_k, dtype),
+                _take(v, seq.rows_k, dtype),
                 row_lse,
                 _take(dout, seq.rows_q, dtype),
                 row_slope,
             )
             for grad, rows, part in zip(grads, (seq.rows_q, seq.rows_k, seq.rows_k), parts):
                 grad[rows] = part.transpose(0, 1)
-            if dsink is not None:
+            if sink is not None and dsink is not None:
                 # Only a sink of -inf leaves a row without keys at an LSE of -inf: it takes no share there.
-                share = torch.exp(inputs.sink.to(dtype)[:, None] - row_lse).masked_fill(row_lse == -math.inf, 0.0)
+                share = torch.exp(sink.to(dtype)[:, None] - row_lse).masked_fill(row_lse == -math.inf, 0.0)
                 dsink += (share * row_slope).sum(-1)
         dq, dk, dv = (grad[:-1].to(q.dtype).reshape(t.shape) for grad, t in zip(grads, inputs[:3]))
-        return Gradients(dq, dk, dv, None if dsink is None else dsink.to(inputs.sink.dtype))
+        if sink is None or dsink is None:
+            return Gradients(dq, dk, dv, None)
+        return Gradients(dq, dk, dv, dsink.to(sink.dtype))
 
 
 BACKEND = ReferenceBackend()
