@@ -8,10 +8,9 @@ docs/semantics.md. Importing this module imports no kernel: each backend loads o
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ __version__ = "0.1.0"
 
 BackendName = Literal["auto", "triton", "cute", "reference"]
 Window = tuple[int | None, int | None]
+Default = TypeVar("Default", float, None)
 
 AUTO_ORDER = {"cuda": ("cute", "triton"), "cpu": ("reference",)}
 """What `auto` tries on a device type, in this order. The reference is never an automatic choice on a GPU."""
@@ -84,7 +84,7 @@ def _choose(kinds: Kinds, device: torch.device, name: str) -> Backend:
 ops.set_chooser(_choose)
 
 
-def _float(name: str, value: float | None, default: float | None) -> float | None:
+def _float(name: str, value: float | None, default: Default) -> float | Default:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -103,6 +103,8 @@ def _side(side: str, value: int | None) -> int:
         return UNBOUNDED
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"window: {side} is a {type(value).__name__}, accepted are integers or None")
+    if value > sys.maxsize:  # what an operator's integer holds
+        raise ValueError(f"window: {side} is {value}, accepted are integers up to {sys.maxsize}, None: unbounded")
     return value
 
 
@@ -119,7 +121,7 @@ def _window(window: Window, causal: bool) -> tuple[int, int]:
 def _arguments(
     q, k, v, causal, window, softmax_scale, softcap, sink, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     seqused_q, seqused_k, page_table, rescale_threshold, deterministic, backend,
-):  # fmt: skip
+) -> tuple[Any, ...]:  # fmt: skip
     """The operator's arguments, with every Python type checked; shapes and numbers are checked inside the operator."""
     tensors = Inputs(q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
     for name, tensor in zip(Inputs._fields, tensors):
@@ -131,7 +133,7 @@ def _arguments(
     if not isinstance(backend, str):
         raise TypeError(f"backend: got {type(backend).__name__}, accepted is a str")
     scale = _float("softmax_scale", softmax_scale, None)
-    if scale is not None and math.isnan(scale):
+    if scale != scale:  # NaN, in a form that torch.compile can trace
         raise ValueError(f"softmax_scale: got {scale}, accepted are finite numbers > 0 or None")
     left, right = _window(window, _bool("causal", causal))
     values = ops.pack_values(
@@ -139,9 +141,6 @@ def _arguments(
         _float("softcap", softcap, 0.0),
         _float("rescale_threshold", rescale_threshold, DEFAULT_RESCALE_THRESHOLD),
     )
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        tensors = tensors._replace(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype))
     deterministic = _bool("deterministic", deterministic)
     return (*tensors, max_seqlen_q, max_seqlen_k, values, left, right, deterministic, backend)
 
@@ -200,6 +199,7 @@ def attention(
 
     Source: Dao et al., "FlashAttention" (2022); Zadouri et al., "FlashAttention-4" (2026) for the skipped rescaling.
     """
+    return_lse = _bool("return_lse", return_lse)
     out, lse = torch.ops.fa4.attention(
         *_arguments(
             q, k, v, causal, window, softmax_scale, softcap, sink, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
@@ -222,7 +222,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options) -> Choice:
     bound.apply_defaults()
     del bound.arguments["return_lse"]
     *tensors, seqlen_q, seqlen_k, values, left, right, deterministic, requested = _arguments(**bound.arguments)
-    problem = ops.problem_of(Inputs(*tensors), seqlen_q, seqlen_k, values, left, right, deterministic)
+    inputs = ops.autocast(Inputs(*tensors))
+    problem = ops.problem_of(inputs, seqlen_q, seqlen_k, values, left, right, deterministic)
     kinds, device = problem.kinds, problem.device
     chosen = _choose(kinds, device, requested).name
     others = (name for name in backends.MODULES if name != chosen)

@@ -35,19 +35,19 @@ _LIBRARY.define(
 _N_TENSORS = len(Inputs._fields)
 
 Chooser = Callable[[Kinds, torch.device, str], Backend]
-_choose: Chooser | None = None
+
+
+def _no_chooser(kinds: Kinds, device: torch.device, name: str) -> Backend:
+    raise RuntimeError("no chooser is set: import dispatch, which sets it")
+
+
+_choose: Chooser = _no_chooser
 
 
 def set_chooser(choose: Chooser) -> None:
     """Sets the function that turns (kinds, device, requested name) into the backend that runs; `dispatch` owns it."""
     global _choose
     _choose = functools.lru_cache(maxsize=1024)(choose)
-
-
-@functools.lru_cache(maxsize=256)
-def _packed(softmax_scale: float | None, softcap: float, rescale_threshold: float) -> Tensor:
-    scale = float("nan") if softmax_scale is None else softmax_scale
-    return torch.tensor([scale, softcap, rescale_threshold], dtype=torch.float64)
 
 
 def pack_values(softmax_scale: float | None, softcap: float, rescale_threshold: float) -> Tensor | None:
@@ -58,9 +58,11 @@ def pack_values(softmax_scale: float | None, softcap: float, rescale_threshold: 
     if softmax_scale is None and softcap == 0.0 and rescale_threshold == DEFAULT_RESCALE_THRESHOLD:
         return None
     if not torch.compiler.is_compiling():
-        return _packed(softmax_scale, softcap, rescale_threshold)
+        # Made anew for each call: one kept from inference mode or from a fake mode would break the calls after it.
+        scale = float("nan") if softmax_scale is None else softmax_scale
+        return torch.tensor((scale, softcap, rescale_threshold), dtype=torch.float64, device="cpu")
     # A product with a tensor is what the tracer can keep dynamic in the number; a constructor call is not.
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64, device="cpu")
     scale = one * float("nan") if softmax_scale is None else one * softmax_scale
     return torch.stack((scale, one * softcap, one * rescale_threshold))
 
@@ -174,17 +176,36 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout, dlse):
+    def backward(ctx, dout, dlse):  # type: ignore[override]
         out, lse, *tensors, values = ctx.saved_tensors
         max_seqlen_q, max_seqlen_k, *rest = ctx.numbers
         nothing = (None,) * (len(tensors) - 4 + len(rest) + 3)
         if dout is None and dlse is None:
             return (None,) * 4 + nothing
-        dq, dk, dv, dsink = torch.ops.fa4.attention_backward(
-            dout, dlse, out, lse, *tensors, max_seqlen_q, max_seqlen_k, values, *rest
-        )
+        with torch.no_grad():
+            grads = torch.ops.fa4.attention_backward(
+                dout, dlse, out, lse, *tensors, max_seqlen_q, max_seqlen_k, values, *rest
+            )
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _Once.apply(len(grads), *grads, dout, dlse, *tensors[:4])
+        dq, dk, dv, dsink = grads
         return dq, dk, dv, dsink if tensors[3] is not None else None, *nothing
+
+
+class _Once(torch.autograd.Function):
+    """Passes gradients through and raises when they are differentiated.
+
+    PyTorch's `once_differentiable` does so only where the arriving gradient requires one: after loss.sum(), a gradient
+    penalty would silently lose its second-order part.
+    """
+
+    @staticmethod
+    def forward(ctx, n, *args):
+        return tuple(t.view_as(t) for t in args[:n])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("attention: its gradients cannot be differentiated again")
 
 
 def _differentiable(*args):
@@ -194,9 +215,35 @@ def _differentiable(*args):
         return torch.ops.fa4.attention(*args)
 
 
+def autocast(inputs: Inputs) -> Inputs:
+    """q, k and v as autocast wants them where it is on: floating point but float64 in its dtype, as PyTorch's own."""
+    device = inputs.q.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return inputs
+    dtype = torch.get_autocast_dtype(device)
+    q, k, v = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in inputs[:3])
+    return inputs._replace(q=q, k=k, v=v)
+
+
+def _outside_autocast(op: Callable, key: str, *args):
+    """Runs the operator with autocast off: a backend's own products must not be cast again."""
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+        return op(*args)
+
+
+def _autocast_forward(key: str, *args):
+    return _outside_autocast(torch.ops.fa4.attention, key, *autocast(Inputs(*args[:_N_TENSORS])), *args[_N_TENSORS:])
+
+
+def _autocast_backward(key: str, *args):
+    return _outside_autocast(torch.ops.fa4.attention_backward, key, *args)
+
+
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("attention", _forward, _key)
     _LIBRARY.impl("attention_backward", _backward, _key)
+    _LIBRARY.impl("attention", functools.partial(_autocast_forward, f"Autocast{_key}"), f"Autocast{_key}")
+    _LIBRARY.impl("attention_backward", functools.partial(_autocast_backward, f"Autocast{_key}"), f"Autocast{_key}")
 _LIBRARY.impl("attention", _differentiable, "Autograd")
 torch.library.register_fake("fa4::attention", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("fa4::attention_backward", _backward_fake, lib=_LIBRARY)

@@ -229,8 +229,9 @@ def _problem_of(
         max_seqlen_k=max_seqlen_k,
         softmax_scale=scale,
         softcap=softcap,
-        window_left=window_left,
-        window_right=window_right,
+        # A window wider than both sides hides nothing; cut there, positions plus it stay far from an int32's end.
+        window_left=min(window_left, q.shape[-3] + k.shape[-3]),
+        window_right=min(window_right, q.shape[-3] + k.shape[-3]),
         rescale_threshold=rescale_threshold,
         deterministic=deterministic,
     )
