@@ -38,6 +38,8 @@ settings.load_profile("interpreter" if INTERPRETED else "ci")
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: runs on a CUDA device")
     config.addinivalue_line("markers", "interpreter: runs Triton's kernels in its interpreter (TRITON_INTERPRET=1)")
+    # Small problems: threads that wait for work cost more than they bring, above all beside xdist's other processes.
+    torch.set_num_threads(1)
     # Under this setting torch.empty fills with NaN: a result element that a kernel forgets to write shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from fa4_core.bench.contestants import RACE, Contestant, FlashAttention3, all_co
 from fa4_core.bench.harness import Bench, make_tensors
 from fa4_core.bench.results import Results, open_results
 from fa4_core.bench.timing import WallTimer, interleaved
+from fa4_core.bench.warm import cells_to_warm, run_cell, warm_up
 
 CPU = torch.device("cpu")
 SMALL = Case(16, 2, 1, 1, 48, 48, causal=True, dtype="fp32")
@@ -399,3 +401,31 @@ def test_the_record_of_a_test_run_says_what_passed_failed_and_was_skipped(tmp_pa
     assert content["commit"] == "abc"
     assert content["torch"] == torch.__version__
     assert any("test_passes" in name for name in content["slowest"])
+
+
+def test_only_what_compiles_and_runs_is_compiled_ahead():
+    kept, absent, other = Fake("kept"), Fake("absent", unavailable="not here"), Fake("other")
+    kept.compiles = absent.compiles = True
+    named = {contestant.name: contestant for contestant in (kept, absent, other)}
+    cells = cells_to_warm({"forward": [SMALL], "backward": [SMALL]}, named, CPU)
+    assert cells == [("backward", SMALL.name, "kept"), ("forward", SMALL.name, "kept")]
+
+
+def test_compiling_ahead_runs_the_cells_in_other_processes(monkeypatch):
+    """The environment is the only thing that both processes share: a cell that runs elsewhere leaves none here."""
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    named = {"reference": all_contestants(dispatch.attention)["reference"]}
+    assert warm_up(dispatch.attention, {"host": [SMALL]}, named, CPU, jobs=1) == 1
+    assert "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ
+
+
+@pytest.mark.parametrize("suite", ["forward", "backward", "host"])
+def test_warming_runs_the_forward_and_where_asked_the_backward(suite, monkeypatch):
+    seen = []
+
+    def watched(q, k, v, **options):
+        seen.append(q.requires_grad)
+        return dispatch.attention(q, k, v, **options)
+
+    run_cell(watched, suite, SMALL.name, "reference", "cpu")
+    assert seen == ([False] if suite == "forward" else [False, True])

@@ -15,8 +15,10 @@ import torch
 from typer.testing import CliRunner
 
 import dispatch
+from fa4_core.bench.contestants import Contestant
+from fa4_core.bench.timing import WallTimer
 from fa4_core.cli import missing_line
-from fa4_core.commands import check
+from fa4_core.commands import check, overview
 from fa4_core.commands.app import make_app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,3 +201,48 @@ def test_missing_packages_give_the_line_that_installs_them():
 def test_nothing_is_missing_here():
     assert missing_line("cli") is None
     assert missing_line("bench") is None
+
+
+class Fake(Contestant):
+    """Runs the reference under another contestant's name."""
+
+    def __init__(self, name, factor=1.0):
+        self.name, self.factor = name, factor
+
+    def unavailable(self, device):
+        return None
+
+    def refusal(self, case, backward):
+        return None
+
+    def function(self, case):
+        return lambda q, k, v: self.factor * dispatch.attention(q, k, v, causal=case.causal)
+
+
+@pytest.fixture
+def small_race(monkeypatch, few_checks):
+    """The main job as it runs with a GPU, where the GPU's contestants are the reference on the CPU."""
+    contestants = {name: Fake(name) for name in ("triton", "fa2", "cudnn")}
+    monkeypatch.setattr(overview, "all_contestants", lambda attention: contestants)
+    monkeypatch.setattr(overview, "unavailable", lambda device: {"triton": None, "reference": None, "cute": "no"})
+    monkeypatch.setattr(overview, "has_speed", lambda device: True)
+    monkeypatch.setattr(overview, "CudaTimer", WallTimer)
+    monkeypatch.setattr(overview, "SPEED_CASES", {"forward": (SMALL,), "backward": (SMALL,)})
+    return contestants
+
+
+@CPU_ONLY
+def test_the_main_job_shows_speed_beside_sdpa(run, small_race):
+    result = run()
+    assert result.exit_code == 0, result.stdout
+    assert "triton/fa2" in result.stdout
+    assert re.search(r"\d\.\d\dx", result.stdout)
+    assert "all checks passed" in result.stdout
+
+
+@CPU_ONLY
+def test_the_main_job_fails_where_a_kernel_is_wrong_at_full_size(run, small_race):
+    small_race["triton"] = Fake("triton", factor=1.1)
+    result = run()
+    assert result.exit_code == 1
+    assert "wrong result" in result.stdout

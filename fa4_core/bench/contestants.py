@@ -26,6 +26,8 @@ class Contestant(ABC):
     name: str
     heads_first: bool = False
     """Whether it takes (B, H, S, D). It is then handed transposed views: the memory is (B, S, H, D) for everyone."""
+    compiles: bool = False
+    """Whether its first call compiles into a cache on disk, which other processes can fill ahead."""
     distribution: str | None = None
     """Its package on PyPI, whose version goes into the result file; None for what torch or this project brings."""
 
@@ -48,6 +50,8 @@ class Contestant(ABC):
 
 class Dispatch(Contestant):
     """This project's `attention`, one named backend."""
+
+    compiles = True
 
     def __init__(self, attention: Callable, backend: str) -> None:
         self.name = backend
@@ -159,6 +163,7 @@ class Flex(Contestant):
 
     name = "flex"
     heads_first = True
+    compiles = True
 
     def unavailable(self, device: torch.device) -> str | None:
         return None if device.type == "cuda" else f"runs on CUDA devices, not on {device.type}"

@@ -15,6 +15,7 @@ from fa4_core.bench.cases import SUITES, Case
 from fa4_core.bench.contestants import RACE, Contestant, all_contestants
 from fa4_core.bench.harness import Bench, Row
 from fa4_core.bench.timing import CudaTimer, WallTimer
+from fa4_core.bench.warm import warm_up
 
 
 def run_bench(
@@ -28,6 +29,7 @@ def run_bench(
     rounds: int = 5,
     budget_minutes: float = float("inf"),
     check: bool = True,
+    warm_jobs: int = 0,
     commit: str | None = None,
     chart: Path | None = None,
 ) -> list[Row]:
@@ -42,6 +44,7 @@ def run_bench(
         out: the result file; rows measured before in the same environment stay.
         rounds: interleaved rounds; times are their median.
         budget_minutes: no case starts later than this.
+        warm_jobs: this many processes compile ahead what compiles into a cache on disk; 0: none does.
         check: compare every result with float32 first, and fail the row where it is wrong.
         commit: the commit under test; None: what git says.
         chart: where to write the chart, or None.
@@ -60,6 +63,10 @@ def run_bench(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     run = results.start_run(commit or result_files.commit())
+    if warm_jobs:
+        started = time.monotonic()
+        count = warm_up(attention, planned, chosen, device, warm_jobs)
+        typer.echo(f"compiled ahead for {count} cells in {time.monotonic() - started:.0f} s")
     bench = Bench(CudaTimer() if on_gpu else WallTimer(), device, rounds, attention if check else None)
     rows: list[Row] = []
     started = time.monotonic()

@@ -41,7 +41,7 @@ def run_overview(dispatch: ModuleType, console: Console | None = None) -> int:
     console.print()
     passed = run_check(dispatch.attention, None, console)
     device = default_device()
-    if device.type == "cuda":
+    if has_speed(device):
         failed = _print_speed(dispatch.attention, device, console)
         passed = passed and not failed
     else:
@@ -49,6 +49,11 @@ def run_overview(dispatch: ModuleType, console: Console | None = None) -> int:
         console.print(f"No CUDA device here: checked {ran} on the CPU. No GPU kernel ran: there is no speed to show.")
     console.print("[green]all checks passed" if passed else "[red]a check failed")
     return 0 if passed else 1
+
+
+def has_speed(device: torch.device) -> bool:
+    """Whether there is a kernel's speed to show."""
+    return device.type == "cuda"
 
 
 def _print_speed(attention: Callable, device: torch.device, console: Console) -> list[Row]:
