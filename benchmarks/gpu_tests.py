@@ -18,7 +18,7 @@ import torch
 import typer
 
 from fa4_core.bench.results import commit as checkout_commit
-from fa4_core.bench.results import environment
+from fa4_core.bench.results import driver, environment
 from fa4_core.commands.machine import default_device
 
 SLOWEST = 15
@@ -66,6 +66,7 @@ def record(arguments: list[str], out: Path, commit: str | None = None) -> int:
     status = int(pytest.main(arguments, plugins=[recorder]))
     content = {
         **environment(default_device()),
+        "driver": driver(),
         "commit": commit or checkout_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "pytest": arguments,

@@ -85,7 +85,6 @@ def environment(device: torch.device, contestants: Iterable[Contestant] = ()) ->
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "l2_mib": round(properties.L2_cache_size / 2**20, 1),
-            "driver": driver(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }
@@ -131,6 +130,7 @@ class Results:
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": commit,
+            "driver": driver(),
             "clocks_before": clocks(),
         }
         self.runs.append(run)
