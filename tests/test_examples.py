@@ -27,12 +27,23 @@ needs_weights = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("sentence_embeddings", EXAMPLE)
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def example():
+    return load("sentence_embeddings")
+
+
+@pytest.fixture(scope="module")
+def with_transformers():
+    module = load("transformers_attention")
+    module.register()
     return module
 
 
@@ -57,6 +68,38 @@ def test_embeddings_equal_those_of_the_original_library(example, encoder, tokens
     ours = encoder.embed(tokens, example.packed())
     # Both sum in float32, in another order: elements are below 0.3, and 6 layers lose a few roundings of 2^-24 each.
     np.testing.assert_allclose(ours.numpy(), np.load(ORIGINAL), rtol=0, atol=2.0**-20)
+
+
+@needs_weights
+def test_the_transformers_library_with_our_attention_gives_the_same_embeddings(example, with_transformers):
+    """The original's own modules in a padded batch; only attention is ours."""
+    ours = with_transformers.embed(example.SENTENCES, "dispatch")
+    np.testing.assert_allclose(ours.numpy(), np.load(ORIGINAL), rtol=0, atol=2.0**-20)
+
+
+def test_transformers_options_reach_attention(with_transformers):
+    """Window, softcap, sink and causal as decoders give them: a window of 3 is the token itself and two before it."""
+    q, k, v = torch.randn(3, 1, 2, 10, 16)
+    module = torch.nn.Module()
+    module.is_causal = True
+    options = {"sliding_window": 3, "softcap": 5.0, "s_aux": torch.ones(2), "scaling": 0.5}
+    out, _ = with_transformers.dispatch_attention(module, q, k, v, None, **options)
+    scores = 5.0 * torch.tanh(q @ k.mT * 0.5 / 5.0)
+    rows, keys = torch.arange(10)[:, None], torch.arange(10)
+    scores = scores.masked_fill((keys > rows) | (keys < rows - 2), -torch.inf)
+    p = torch.cat((scores, torch.ones(1, 2, 10, 1)), -1).softmax(-1)[..., :-1]
+    torch.testing.assert_close(out, (p @ v).transpose(1, 2))
+
+
+def test_transformers_padding_on_the_left_and_dropout_are_refused(with_transformers):
+    q = torch.randn(2, 2, 4, 16)
+    module = torch.nn.Module()
+    module.is_causal = False
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    with pytest.raises(ValueError, match="padding stands on the left"):
+        with_transformers.dispatch_attention(module, q, q, q, mask)
+    with pytest.raises(ValueError, match=r"dropout: got 0\.1"):
+        with_transformers.dispatch_attention(module, q, q, q, None, dropout=0.1)
 
 
 @needs_weights

@@ -143,7 +143,7 @@ def test_the_readme_lists_every_extra():
     extras = set(re.findall(r"^([\w-]+) =", project, flags=re.MULTILINE))
     table = (ROOT / "README.md").read_text().split("| extra |")[1].split("\n\n")[0]
     listed = {name for line in table.splitlines() for name in re.findall(r"`([\w-]+)`", line[: line.find("|", 1)])}
-    assert extras - {"examples", "dev"} == listed
+    assert extras - {"dev"} == listed
 
 
 def test_links_in_the_documents_lead_somewhere():

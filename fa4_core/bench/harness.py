@@ -40,7 +40,7 @@ Samples = dict[str, timing.Sample]
 MIB = 2**20
 HOST_CALLS = 100
 WALL_CALLS = 5
-"""Host time is taken over HOST_CALLS calls in the suite `host`, where the device does not hold them up, else over few."""
+"""Calls that a host time is taken over: many in the suite `host`, whose kernels are short, few in the others."""
 MAX_ERROR_NORM = 2e-2
 """bf16 attention lies between 1e-3 and 1e-2 of float32: beyond this, something else was computed."""
 
