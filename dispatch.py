@@ -220,7 +220,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options) -> Choice:
     """
     bound = inspect.signature(attention).bind(q, k, v, **options)
     bound.apply_defaults()
-    del bound.arguments["return_lse"]
+    _bool("return_lse", bound.arguments.pop("return_lse"))
     *tensors, seqlen_q, seqlen_k, values, left, right, deterministic, requested = _arguments(**bound.arguments)
     inputs = ops.autocast(Inputs(*tensors))
     problem = ops.problem_of(inputs, seqlen_q, seqlen_k, values, left, right, deterministic)

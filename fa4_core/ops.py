@@ -152,6 +152,10 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _forward_fake(q, k, v, *args):
+    # One tensor on the meta device brings the whole call here, past the checks that stand before a launch.
+    for name, tensor in zip(Inputs._fields, (q, k, v, *args)):
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name}: on {tensor.device}, but q is on {q.device}")
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     lse_shape = (q.shape[-2], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[-2], q.shape[1])
     return out, q.new_empty(lse_shape, dtype=lse_dtype(q.dtype))

@@ -166,7 +166,7 @@ def test_autocast_leaves_float64_and_integers_alone():
     q = torch.randn(1, 3, 1, 8, dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert attention(q, q, q).dtype == torch.float64
-        with pytest.raises(TypeError, match="q: dtype torch.int64"):
+        with pytest.raises(TypeError, match="q: dtype"):
             attention(q.long(), q.long(), q.long())
 
 
