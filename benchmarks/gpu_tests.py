@@ -17,8 +17,7 @@ import pytest
 import torch
 import typer
 
-from fa4_core.bench.results import commit as checkout_commit
-from fa4_core.bench.results import driver, environment
+from fa4_core.bench.results import commit, driver, environment
 from fa4_core.commands.machine import default_device
 
 SLOWEST = 15
@@ -59,7 +58,7 @@ class Recorder:
         }
 
 
-def record(arguments: list[str], out: Path, commit: str | None = None) -> int:
+def record(arguments: list[str], out: Path) -> int:
     """Runs pytest with `arguments`, writes the record to `out`, and returns pytest's exit status."""
     recorder = Recorder()
     started = time.monotonic()
@@ -67,7 +66,7 @@ def record(arguments: list[str], out: Path, commit: str | None = None) -> int:
     content = {
         **environment(default_device()),
         "driver": driver(),
-        "commit": commit or checkout_commit(),
+        "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "pytest": arguments,
         "exit_status": status,
@@ -82,13 +81,12 @@ def record(arguments: list[str], out: Path, commit: str | None = None) -> int:
 def main(
     arguments: Annotated[list[str] | None, typer.Argument(help="What goes to pytest.")] = None,
     out: Annotated[Path, typer.Option(help="The record.")] = RESULTS / "gpu_tests.json",
-    commit: Annotated[str | None, typer.Option(envvar="GIT_COMMIT", help="The commit, where git cannot say.")] = None,
     anywhere: Annotated[bool, typer.Option(help="Run without a CUDA device, too.")] = False,
 ) -> None:
     """Runs pytest and writes a record of the run."""
     if not torch.cuda.is_available() and not anywhere:
         raise typer.BadParameter("there is no CUDA device here; --anywhere runs the tests regardless")
-    status = record(arguments or [], out, commit)
+    status = record(arguments or [], out)
     typer.echo(f"wrote {out}")
     raise typer.Exit(status)
 

@@ -29,7 +29,6 @@ def main(
     budget_minutes: Annotated[float, typer.Option(help="No case starts later than this.")] = 9.0,
     warm_jobs: Annotated[int, typer.Option(help="Processes that compile ahead, in parallel; 0: none.")] = 0,
     check: Annotated[bool, typer.Option(help="Compare every result with float32 before timing it.")] = True,
-    commit: Annotated[str | None, typer.Option(envvar="GIT_COMMIT", help="The commit, where git cannot say.")] = None,
 ) -> None:
     """Measures suites of the benchmark matrix on this machine's GPU."""
     run_bench(
@@ -43,7 +42,6 @@ def main(
         budget_minutes=budget_minutes,
         check=check,
         warm_jobs=warm_jobs,
-        commit=commit,
     )
 
 

@@ -95,19 +95,30 @@ def test_every_problem_of_check_is_served_by_the_reference():
         assert dispatch.explain(call.q, call.k, call.v, **call.options).backend in ("reference", "triton")
 
 
-def test_fuzz_passes_on_the_reference(run):
-    result = run("fuzz", "--minutes", "0.05", "--backend", "reference", "--longest", "20", "--seed", "1")
-    assert result.exit_code == 0, result.stdout
-    assert int(re.search(r"(\d+) calls checked", result.stdout)[1]) > 1
+def test_fuzz_passes_on_the_reference_and_keeps_an_account(run, tmp_path):
+    record = tmp_path / "fuzz.json"
+    options = ("--backend", "reference", "--longest", "20", "--seed", "1", "--record", str(record))
+    for runs in (1, 2):
+        result = run("fuzz", "--minutes", "0.03", *options)
+        assert result.exit_code == 0, result.stdout
+        checked = int(re.search(r"(\d+) calls checked", result.stdout)[1])
+        assert checked > 1
+        accounts = json.loads(record.read_text())
+        assert len(accounts) == runs
+        assert accounts[-1]["calls"] == checked
+        assert accounts[-1]["failure"] is None
+        assert accounts[-1]["torch"] == torch.__version__
 
 
-def test_fuzz_prints_a_minimal_call_that_fails_when_pasted(run, monkeypatch):
-    options = ("--minutes", "1", "--backend", "reference", "--longest", "20", "--seed", "1")
+def test_fuzz_prints_a_minimal_call_that_fails_when_pasted(run, monkeypatch, tmp_path):
+    record = tmp_path / "fuzz.json"
+    options = ("--minutes", "1", "--backend", "reference", "--longest", "20", "--seed", "1", "--record", str(record))
     result = run("fuzz", *options, module=with_attention(off_by_one_key))
     assert result.exit_code == 1
     assert "FAILED, minimal example" in result.stdout
     source = result.stdout[result.stdout.index("import torch") :]
     assert "backend='reference'" in source
+    assert json.loads(record.read_text())[0]["failure"]["call"] == source.strip()
     # What is printed is the minimal case itself: with the wrong attention it fails, with the right one it passes.
     exec(source, {})
     wrong = types.ModuleType("dispatch")

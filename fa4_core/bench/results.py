@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -52,7 +53,7 @@ def driver() -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with `+` where files differ from it; None outside a checkout."""
+    """The checkout's commit, with `+` where files differ from it; else GIT_COMMIT of the environment, or None."""
     root = Path(__file__).resolve().parents[2]
     try:
         described = subprocess.run(
@@ -63,7 +64,7 @@ def commit() -> str | None:
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("GIT_COMMIT")
     return described.stdout.strip()
 
 
@@ -96,6 +97,16 @@ def environment(device: torch.device, contestants: Iterable[Contestant] = ()) ->
         "triton": installed("triton"),
         "peers": {peer.name: version(peer) for peer in contestants if peer.distribution is not None},
     }
+
+
+def append_account(path: Path, device: torch.device, account: dict[str, Any]) -> None:
+    """Adds one run's account, with its environment, commit and date, to a JSON file that holds a list of them."""
+    runs = json.loads(path.read_text()) if path.exists() else []
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    where = {**environment(device), "driver": driver(), "commit": commit(), "date": date, "command": command}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([*runs, where | account], indent=1) + "\n")
 
 
 @dataclass

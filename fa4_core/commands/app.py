@@ -40,9 +40,10 @@ def make_app(dispatch: ModuleType) -> typer.Typer:
         backend: Annotated[list[str] | None, typer.Option(help=BACKEND_HELP)] = None,
         longest: Annotated[int, typer.Option(help="The longest sequence.", min=1)] = 300,
         seed: Annotated[int | None, typer.Option(help="Draws the same problems again.")] = None,
+        record: Annotated[Path | None, typer.Option(help="A JSON file to add an account of this run to.")] = None,
     ) -> None:
         """Checks random problems against float64; a failure is shrunk and printed as a call to paste."""
-        raise typer.Exit(0 if fuzz.run_fuzz(attention, minutes, backend, longest, seed) else 1)
+        raise typer.Exit(0 if fuzz.run_fuzz(attention, minutes, backend, longest, seed, record) else 1)
 
     @app.command("info")
     def run_info() -> None:

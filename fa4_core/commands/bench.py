@@ -30,7 +30,6 @@ def run_bench(
     budget_minutes: float = float("inf"),
     check: bool = True,
     warm_jobs: int = 0,
-    commit: str | None = None,
     chart: Path | None = None,
 ) -> list[Row]:
     """Runs suites over contestants, saving after every case; returns this run's rows.
@@ -46,7 +45,6 @@ def run_bench(
         budget_minutes: no case starts later than this.
         warm_jobs: this many processes compile ahead what compiles into a cache on disk; 0: none does.
         check: compare every result with float32 first, and fail the row where it is wrong.
-        commit: the commit under test; None: what git says.
         chart: where to write the chart, or None.
 
     Raises:
@@ -62,7 +60,7 @@ def run_bench(
         results = result_files.open_results(out, result_files.environment(device, known.values()))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    run = results.start_run(commit or result_files.commit())
+    run = results.start_run(result_files.commit())
     if warm_jobs:
         started = time.monotonic()
         count = warm_up(attention, planned, chosen, device, warm_jobs)

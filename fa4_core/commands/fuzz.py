@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import hypothesis
 import torch
@@ -14,12 +15,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fa4_core.bench.results import append_account
 from fa4_core.checks import check_backward
 from fa4_core.commands.machine import default_device, dtypes, running_backends
 from fa4_core.strategies import Case, cases
 
 BATCH = 50
 """Examples drawn between two looks at the clock's end; each batch starts Hypothesis anew, with the next seed."""
+
+LINE_SECONDS = 30
+"""Where the output is no terminal, progress is a line this often."""
 
 
 class _DeviceLost(BaseException):
@@ -43,6 +48,7 @@ def run_fuzz(
     named: list[str] | None = None,
     longest: int = 300,
     seed: int | None = None,
+    record: Path | None = None,
     console: Console | None = None,
 ) -> bool:
     """Draws problems for `minutes`, and returns whether all were right; a failure is printed as a call to paste.
@@ -53,6 +59,7 @@ def run_fuzz(
         named: backends by name; None: every one that is available.
         longest: the longest sequence.
         seed: draws the same problems again; None: new ones.
+        record: a JSON file, a list, that an account of this run is added to.
         console: where to print.
 
     Raises:
@@ -64,18 +71,22 @@ def run_fuzz(
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     console.print(f"fuzzing {', '.join(backends)} on {device} for {minutes:g} min, seed {seed}")
     tally = _Tally()
-    end = time.monotonic() + 60 * minutes
+    started = time.monotonic()
+    end = started + 60 * minutes
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=60 * minutes)
 
+        shown = time.monotonic()
+
         def show() -> None:
+            nonlocal shown
             left = max(0.0, end - time.monotonic())
-            progress.update(
-                task,
-                completed=60 * minutes - left,
-                description=f"{tally.checked} calls, worst error {tally.worst:.2f} of its budget",
-            )
+            so_far = f"{tally.checked} calls, worst error {tally.worst:.2f} of its budget"
+            progress.update(task, completed=60 * minutes - left, description=so_far)
+            if not console.is_terminal and time.monotonic() > shown + LINE_SECONDS:
+                console.print(f"{so_far}, {left:.0f} s left")
+                shown = time.monotonic()
 
         number = 0
         failure: BaseException | None = None
@@ -85,13 +96,25 @@ def run_fuzz(
     console.print(
         f"{tally.checked} calls checked, {tally.not_served} not served, worst error {tally.worst:.2f} of its budget"
     )
+    source = "" if failure is None or tally.case is None else tally.case.as_call(device.type, tally.backend)
+    if record is not None:
+        account = {
+            "seed": seed,
+            "minutes": round((time.monotonic() - started) / 60, 2),
+            "backends": backends,
+            "longest": longest,
+            "calls": tally.checked,
+            "not_served": tally.not_served,
+            "worst_error_over_budget": round(tally.worst, 4),
+            "failure": None if failure is None else {"error": f"{type(failure).__name__}: {failure}", "call": source},
+        }
+        append_account(record, device, account)
     if failure is None:
         return True
-    assert tally.case is not None
     kind = "device lost, not shrunk" if isinstance(failure, _DeviceLost) else "minimal example"
     console.print(f"\nFAILED, {kind}:", style="red")
     console.print(f"{type(failure).__name__}: {failure}\n", markup=False, highlight=False, soft_wrap=True)
-    console.print(tally.case.as_call(device.type, tally.backend), markup=False, highlight=False, soft_wrap=True)
+    console.print(source, markup=False, highlight=False, soft_wrap=True)
     return False
 
 
