@@ -127,7 +127,8 @@ class FlashAttention3(Contestant):
 
     def function(self, case: Case) -> Function:
         attend = importlib.import_module("fa3_fwd_interface").flash_attn_func
-        return functools.partial(attend, causal=case.causal, window_size=case.window_pair)
+        window = (-1, -1) if case.window is None else case.window_pair
+        return functools.partial(attend, causal=case.causal, window_size=window)
 
 
 class FlashAttention4(Contestant):
