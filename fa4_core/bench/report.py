@@ -19,7 +19,15 @@ from fa4_core.bench.results import Results
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TITLES = {"fa2": "FA2 (SDPA)", "cudnn": "cuDNN (SDPA)", "fa3": "FA3", "fa4": "FA4", "flex": "FlexAttention"}
+TITLES = {
+    "triton": "ours, Triton",
+    "cute": "ours, CuTe",
+    "fa2": "FA2 (SDPA)",
+    "cudnn": "cuDNN (SDPA)",
+    "fa3": "FA3",
+    "fa4": "FA4",
+    "flex": "FlexAttention",
+}
 """How the tables for readers name a contestant, where its own name would not do."""
 METRICS = {
     "forward": ("tflops",),
