@@ -242,6 +242,8 @@ class ReferenceBackend(Backend):
         lse = lse.transpose(-1, -2).reshape(slope.shape)
         if dlse is not None:
             slope += dlse.transpose(-1, -2).reshape(slope.shape)
+        # A row without keys passes nothing on, whatever arrives at its LSE: the sink's share of 0 times inf is NaN.
+        slope = slope.masked_fill(lse == -math.inf, 0.0)
         grads = [_canvas(t, dtype) for t in (q, k, v)]
         sink = inputs.sink
         dsink = None if sink is None else sink.new_zeros(problem.heads_q, dtype=dtype)

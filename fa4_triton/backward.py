@@ -60,9 +60,11 @@ def row_slopes(
     delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
     if dlse.ptr is not None:
         delta -= tl.load(base_of(dlse, span, head) + row * dlse.stride_s, mask=within, other=0.0)
+    row_lse = tl.load(base_of(lse, span, head) + row * lse.stride_s, mask=within, other=float("inf"))
+    # A row without keys passes nothing on: an infinite dLSE there times P = 0 would spread NaN over its tile's keys.
+    delta = tl.where(row_lse == float("-inf"), 0.0, delta)
     tl.store(base_of(slope, span, head) + row * slope.stride_s, delta, mask=within)
     if sink is not None:
-        row_lse = tl.load(base_of(lse, span, head) + row * lse.stride_s, mask=within, other=float("inf"))
         logit = tl.load(sink + head).to(tl.float32)
         # An LSE of -inf is a row without keys under a sink of -inf: the sink takes no share there.
         share = tl.exp2((logit - tl.where(row_lse == float("-inf"), float("inf"), row_lse)) * LOG2_E)
@@ -162,7 +164,8 @@ def add_queries(
         if MASKED:
             key = first_k + tl.arange(0, TILE_N)
             seen = visible(values, row[None, :], key[:, None], span_q.length, span_k.length)
-            p = tl.where(seen, p, 0.0)
+            # Rows past the end are zeros, and 0 times an infinite key is a score of NaN.
+            p = tl.where(seen & (row < span_q.length)[None, :], p, 0.0)
         do_tile = load_rows(dout, span_q, head_q, first, span_q.length, not MASKED, TILE_M, DIM_V, DV)
         dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision=PRECISION)
         row_slope = load_statistic(slope_base + row * stride_lse, row < span_q.length, 0.0, MASKED)

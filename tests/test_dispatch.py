@@ -127,6 +127,7 @@ def test_padding_to_a_backends_multiple_changes_no_result(picky):
     assert [t.shape[-1] for t in inputs[:3]] == [16, 16, 8]
     torch.testing.assert_close(out, want)
     for got, grad in zip(torch.autograd.grad(out.square().sum(), (q, k, v)), wanted):
+        assert got.is_contiguous()
         torch.testing.assert_close(got, grad)
 
 

@@ -142,11 +142,26 @@ def test_infinities_act_as_in_float64(target, dtype):
     assert not lse.cpu()[~finite].isfinite().any()
 
 
-def test_an_infinite_key_that_only_lowers_scores_leaves_finite_gradients(target):
-    """Rows whose logits are all -inf count as rows without a key: O = 0, LSE = -inf, gradients 0, never NaN."""
+def test_rows_whose_scores_are_all_minus_infinity_count_as_rows_without_a_key(target):
+    """O = 0, LSE = -inf, and P = 0 in the backward, where exp(s - LSE) is exp(-inf + inf)."""
     q = torch.ones(1, 3, 1, 16, dtype=torch.float16, device=target.device)
     k = torch.full((1, 2, 1, 16), -math.inf, dtype=torch.float16, device=target.device)
-    v = torch.ones(1, 2, 1, 16, dtype=torch.float16, device=target.device)
+    v = torch.ones(1, 2, 1, 16, dtype=torch.float16, device=target.device, requires_grad=True)
     out, lse = target(q, k, v, return_lse=True)
     assert (out == 0.0).all()
     assert (lse == -math.inf).all()
+    out.sum().backward()
+    assert (v.grad == 0.0).all()
+
+
+@pytest.mark.parametrize("arriving", [-math.inf, math.inf, math.nan])
+@pytest.mark.parametrize("sink", [None, "off"])
+def test_what_arrives_at_the_lse_of_a_row_without_keys_goes_nowhere(target, sink, arriving):
+    """Merging partial results by their LSE sends infinities there; 0 * inf in dS would reach every key of the tile."""
+    case = Case(dtype=torch.float16, head_dim=64, head_dim_v=64, lengths=((80, 30),), causal=True, sink=sink)
+    call = case.build(target.device)
+    clean = results(target, call)
+    dlse = call.dlse.clone()
+    dlse[..., :50] = arriving
+    dirty = results(target, call, dlse=dlse)
+    assert all(torch.equal(dirty[name], clean[name]) for name in clean)
