@@ -1,0 +1,65 @@
+"""The project's Triton kernels, forward and backward, as compiled for each architecture, bfloat16 included.
+
+This is what "any NVIDIA GPU" rests on: the interpreter cannot do bfloat16 and no machine has all of these GPUs.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="needs the package triton")
+dispatch = pytest.importorskip("dispatch", reason="run from the repository's root")
+
+from fa4_core.checks import check_backward, check_forward  # noqa: E402
+from fa4_core.strategies import Case  # noqa: E402
+
+from .triton_backend import emulated_triton  # noqa: E402
+
+CAPABILITIES = (80, 90, 100, 120)
+TOLERATED = ("missing mbarrier init fence", "missing proxy fence")
+"""Triton's own omissions; see docs/emulator.md. Everything else that the race check finds fails the test."""
+
+FEATURES = {
+    "causal-gqa": {"causal": True, "heads_q": 2},
+    "window-softcap-sink": {"window": (20, 9), "softcap": 5.0, "sink": "normal"},
+    "varlen": {"varlen": True, "causal": True},
+}
+
+
+def attention(q, k, v, **options):
+    return dispatch.attention(q, k, v, backend="triton", **options)
+
+
+def lengths(features, pair):
+    return ((pair[0], pair[1]), (pair[1] // 2, pair[1])) if features.get("varlen") else (pair,)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", FEATURES)
+@settings(max_examples=2)
+@given(pair=st.tuples(st.integers(1, 90), st.integers(1, 90)), scores=st.sampled_from(("normal", "rising", "large")),
+       seed=st.integers(0, 63))  # fmt: skip
+def test_forward_and_backward_are_within_their_budget(capability, name, pair, scores, seed):
+    """bfloat16, head_dim 64; lengths, magnitudes and the schedule are drawn. "rising" keeps the running maximum moving,
+    which is what runs the rescale."""
+    case = Case(dtype=torch.bfloat16, head_dim=64, head_dim_v=64, lengths=lengths(FEATURES[name], pair), scores=scores,
+                seed=seed, **FEATURES[name])  # fmt: skip
+    call = case.build("cpu")
+    with emulated_triton(capability, seed=seed, tolerate=TOLERATED):
+        report = check_backward(attention, call.q, call.k, call.v, dout=call.dout, dlse=call.dlse, **call.options)
+    assert report.passed, f"sm_{capability}, schedule {seed}: {case!r}\n{report}"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@settings(max_examples=2)
+@given(pair=st.tuples(st.integers(60, 140), st.integers(60, 140)), seed=st.integers(0, 63))
+def test_forward_with_large_tiles_and_eight_warps(capability, pair, seed):
+    """fp16, head_dim 128, 128x64 tiles: two warpgroups share a tile on sm_90, and TMEM holds wide accumulators."""
+    case = Case(dtype=torch.float16, head_dim=128, head_dim_v=128, lengths=(pair,), causal=True, seed=seed)
+    call = case.build("cpu")
+    with emulated_triton(capability, seed=seed, tiles={"forward": (128, 64, 8, 2)}, tolerate=TOLERATED):
+        report = check_forward(attention, call.q, call.k, call.v, **call.options)
+    assert report.passed, f"sm_{capability}, schedule {seed}: {case!r}\n{report}"
