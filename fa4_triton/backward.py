@@ -18,6 +18,7 @@ from fa4_triton.steps import (
     find_sequence,
     key_tiles,
     load_rows,
+    load_zeroed,
     query_tiles,
     score_slope,
     span_of,
@@ -55,8 +56,8 @@ def row_slopes(
     first = tile * TILE_M
     row = first + tl.arange(0, TILE_M)
     within = row < span.length
-    do_tile = load_rows(dout, span, head, first, span.length, False, TILE_M, DIM_V, DV)
-    o_tile = load_rows(out, span, head, first, span.length, False, TILE_M, DIM_V, DV)
+    do_tile = load_rows(dout, span, head, first, True, TILE_M, DIM_V, DV)
+    o_tile = load_rows(out, span, head, first, True, TILE_M, DIM_V, DV)
     delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
     if dlse.ptr is not None:
         delta -= tl.load(base_of(dlse, span, head) + row * dlse.stride_s, mask=within, other=0.0)
@@ -109,8 +110,8 @@ def attention_backward_kv(
     span_q = span_of(sequences.cu_q, sequences.used_q, sequence, sequences.rows_q, sequences.batch)
     span_k = span_of(sequences.cu_k, sequences.used_k, sequence, sequences.rows_k, sequences.batch)
     first = tile * TILE_N
-    k_tile = load_rows(k, span_k, head, first, span_k.length, False, TILE_N, DIM, D)
-    v_tile = load_rows(v, span_k, head, first, span_k.length, False, TILE_N, DIM_V, DV)
+    k_tile = load_zeroed(k, span_k, head, first, True, TILE_N, DIM, D)
+    v_tile = load_zeroed(v, span_k, head, first, True, TILE_N, DIM_V, DV)
     dk_acc = tl.zeros([TILE_N, D], tl.float32)
     dv_acc = tl.zeros([TILE_N, DV], tl.float32)
     q = Strided(q.ptr, q.stride_b, q.stride_s, q.stride_h, q_descriptor)
@@ -124,20 +125,17 @@ def attention_backward_kv(
     inner_begin = tl.minimum(inner_begin, inner_end)
     for member in range(GROUP):
         head_q = head * GROUP + member
-        lse_base = base_of(lse, span_q, head_q)
-        slope_base = base_of(slope, span_q, head_q)
         dk_acc, dv_acc = add_queries(
-            k_tile, v_tile, q, dout, span_q, span_k, head_q, lse_base, slope_base, lse.stride_s, dk_acc, dv_acc, first, values,
-            begin, inner_begin, True, DIM, DIM_V, TILE_M, PRECISION,
+            k_tile, v_tile, q, dout, lse, slope, span_q, span_k, head_q, dk_acc, dv_acc, first, values, begin,
+            inner_begin, True, DIM, DIM_V, TILE_M, PRECISION,
         )  # fmt: skip
         dk_acc, dv_acc = add_queries(
-            k_tile, v_tile, q, dout, span_q, span_k, head_q, lse_base, slope_base, lse.stride_s, dk_acc, dv_acc, first, values,
-            inner_begin, inner_end, False, DIM, DIM_V, TILE_M,
-            PRECISION,
+            k_tile, v_tile, q, dout, lse, slope, span_q, span_k, head_q, dk_acc, dv_acc, first, values, inner_begin,
+            inner_end, False, DIM, DIM_V, TILE_M, PRECISION,
         )  # fmt: skip
         dk_acc, dv_acc = add_queries(
-            k_tile, v_tile, q, dout, span_q, span_k, head_q, lse_base, slope_base, lse.stride_s, dk_acc, dv_acc, first, values,
-            inner_end, end, True, DIM, DIM_V, TILE_M, PRECISION,
+            k_tile, v_tile, q, dout, lse, slope, span_q, span_k, head_q, dk_acc, dv_acc, first, values, inner_end, end,
+            True, DIM, DIM_V, TILE_M, PRECISION,
         )  # fmt: skip
     dk_acc *= values.scale
     store_rows(dk, span_k, head, first, dk_acc, TILE_N, DIM, D)
@@ -146,19 +144,20 @@ def attention_backward_kv(
 
 @triton.jit
 def add_queries(
-    k_tile, v_tile, q, dout, span_q, span_k, head_q, lse_base, slope_base, stride_lse, dk_acc, dv_acc, first_k, values,
-    begin, end,
+    k_tile, v_tile, q, dout, lse, slope, span_q, span_k, head_q, dk_acc, dv_acc, first_k, values, begin, end,
     MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the query tiles begin to end of one head to (dk_acc, dv_acc); scores are transposed, keys by rows."""
     TILE_N: tl.constexpr = k_tile.shape[0]
     D: tl.constexpr = k_tile.shape[1]
     DV: tl.constexpr = v_tile.shape[1]
+    lse_base = base_of(lse, span_q, head_q)
+    slope_base = base_of(slope, span_q, head_q)
     for i in range(begin, end):
         first = i * TILE_M
         row = first + tl.arange(0, TILE_M)
-        q_tile = load_rows(q, span_q, head_q, first, span_q.length, not MASKED, TILE_M, DIM, D)
-        row_lse = load_lse(lse_base + row * stride_lse, row < span_q.length, MASKED)
+        q_tile = load_zeroed(q, span_q, head_q, first, MASKED, TILE_M, DIM, D)
+        row_lse = load_lse(lse_base + row * lse.stride_s, row < span_q.length, MASKED)
         scores, slope_factor = score_slope(values, tl.dot(k_tile, q_tile.T, input_precision=PRECISION))
         p = tl.exp2(scores - row_lse[None, :])
         if MASKED:
@@ -166,9 +165,9 @@ def add_queries(
             seen = visible(values, row[None, :], key[:, None], span_q.length, span_k.length)
             # Rows past the end are zeros, and 0 times an infinite key is a score of NaN.
             p = tl.where(seen & (row < span_q.length)[None, :], p, 0.0)
-        do_tile = load_rows(dout, span_q, head_q, first, span_q.length, not MASKED, TILE_M, DIM_V, DV)
+        do_tile = load_zeroed(dout, span_q, head_q, first, MASKED, TILE_M, DIM_V, DV)
         dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision=PRECISION)
-        row_slope = load_statistic(slope_base + row * stride_lse, row < span_q.length, 0.0, MASKED)
+        row_slope = load_statistic(slope_base + row * slope.stride_s, row < span_q.length, 0.0, MASKED)
         ds = p * (tl.dot(v_tile, do_tile.T, input_precision=PRECISION) - row_slope[None, :])
         if values.softcap is not None:
             ds = ds * slope_factor
@@ -179,11 +178,7 @@ def add_queries(
 @triton.jit
 def load_statistic(ptrs, within, other, MASKED: tl.constexpr):
     """One float32 a row; rows that are none read as `other`."""
-    if MASKED:
-        statistic = tl.load(ptrs, mask=within, other=other)
-    else:
-        statistic = tl.load(ptrs)
-    return statistic
+    return tl.load(ptrs, mask=within, other=other) if MASKED else tl.load(ptrs)
 
 
 @triton.jit
@@ -232,8 +227,8 @@ def attention_backward_q(
     first = tile * TILE_M
     row = first + tl.arange(0, TILE_M)
     within = row < span_q.length
-    q_tile = load_rows(q, span_q, head, first, span_q.length, False, TILE_M, DIM, D)
-    do_tile = load_rows(dout, span_q, head, first, span_q.length, False, TILE_M, DIM_V, DV)
+    q_tile = load_zeroed(q, span_q, head, first, True, TILE_M, DIM, D)
+    do_tile = load_zeroed(dout, span_q, head, first, True, TILE_M, DIM_V, DV)
     row_lse = load_lse(base_of(lse, span_q, head) + row * lse.stride_s, within, True)
     row_slope = tl.load(base_of(slope, span_q, head) + row * slope.stride_s, mask=within, other=0.0)
     dq_acc = tl.zeros([TILE_M, D], tl.float32)
@@ -272,15 +267,15 @@ def add_keys(
     DV: tl.constexpr = do_tile.shape[1]
     for i in range(begin, end):
         first = i * TILE_N
-        k_tile = load_rows(k, span_k, head_kv, first, span_k.length, not MASKED, TILE_N, DIM, D)
-        v_tile = load_rows(v, span_k, head_kv, first, span_k.length, not MASKED, TILE_N, DIM_V, DV)
+        k_tile = load_zeroed(k, span_k, head_kv, first, MASKED, TILE_N, DIM, D)
+        v_tile = load_rows(v, span_k, head_kv, first, MASKED, TILE_N, DIM_V, DV)
         scores, slope_factor = score_slope(values, tl.dot(q_tile, k_tile.T, input_precision=PRECISION))
         p = tl.exp2(scores - row_lse[:, None])
-        if MASKED:
-            key = first + tl.arange(0, TILE_N)
-            p = tl.where(visible(values, row[:, None], key[None, :], span_q.length, span_k.length), p, 0.0)
         ds = p * (tl.dot(do_tile, v_tile.T, input_precision=PRECISION) - row_slope[:, None])
         if values.softcap is not None:
             ds = ds * slope_factor
+        if MASKED:
+            key = first + tl.arange(0, TILE_N)
+            ds = tl.where(visible(values, row[:, None], key[None, :], span_q.length, span_k.length), ds, 0.0)
         dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision=PRECISION)
     return dq_acc

@@ -66,7 +66,12 @@ class _Signature:
 
 
 def compile_kernel(
-    kernel: Any, args: tuple, constants: dict[str, Any], options: dict[str, int], target: GPUTarget, aligned: bool = True
+    kernel: Any,
+    args: tuple,
+    constants: dict[str, Any],
+    options: dict[str, int],
+    target: GPUTarget,
+    aligned: bool = True,
 ) -> CompiledKernel:
     """Compiles `kernel` for `target`; no GPU needs to be there.
 

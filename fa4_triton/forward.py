@@ -2,7 +2,9 @@
 
 It walks the visible key tiles from right to left: masked ones at the right edge, then inner ones without any mask
 arithmetic, then masked ones at the left edge. Source: Dao, "FlashAttention-2" (2023), algorithm 1, with the skipped
-rescaling of Zadouri et al., "FlashAttention-4" (2026), section 3.
+rescaling of Zadouri et al., "FlashAttention-4" (2026), section 3. The pivot is kept or followed row by row; O is
+multiplied by the factor in any case, since a branch around the multiplication was measured not to pay on Hopper
+(docs/performance.md).
 """
 
 import triton
@@ -19,6 +21,7 @@ from fa4_triton.steps import (
     follow_max,
     key_tiles,
     load_rows,
+    load_zeroed,
     log2_scores,
     span_of,
     store_rows,
@@ -39,14 +42,19 @@ def attention_forward(
     heads_q,
     k_descriptor,
     v_descriptor,
+    counts,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_V: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Writes out and lse for TILE_M rows; the grid is one-dimensional, tiles fastest, then heads, then batch."""
+    """Writes out and lse for TILE_M rows; the grid is one-dimensional, tiles fastest, then heads, then batch.
+
+    counts, None but in tests: (rows as lse's, 2) int32, for each row the tiles visited and the rescales skipped.
+    """
     D: tl.constexpr = triton.next_power_of_2(DIM)
     DV: tl.constexpr = triton.next_power_of_2(DIM_V)
     pid = tl.program_id(0)
@@ -56,37 +64,48 @@ def attention_forward(
     else:
         tiles = sequences.rows_q // TILE_M + sequences.batch + 1
     head = (pid // tiles) % heads_q
-    tile = pid % tiles
     # Later rows see more keys under a causal mask: longest first, so that short programs fill the end.
-    tile = tiles - 1 - tile
+    tile = tiles - 1 - pid % tiles
     if sequences.cu_q is not None:
         sequence, tile = find_sequence(sequences.cu_q, sequences.rows_q, sequences.batch, tile, TILE_M)
     span_q = span_of(sequences.cu_q, sequences.used_q, sequence, sequences.rows_q, sequences.batch)
     span_k = span_of(sequences.cu_k, sequences.used_k, sequence, sequences.rows_k, sequences.batch)
-    first = tile * TILE_M
-    row = first + tl.arange(0, TILE_M)
     k = Strided(k.ptr, k.stride_b, k.stride_s, k.stride_h, k_descriptor)
     v = Strided(v.ptr, v.stride_b, v.stride_s, v.stride_h, v_descriptor)
-    q_tile = load_rows(q, span_q, head, first, span_q.length, False, TILE_M, DIM, D)
+    head_kv = head // GROUP
+    first = tile * TILE_M
+    row = first + tl.arange(0, TILE_M)
+    q_tile = load_rows(q, span_q, head, first, True, TILE_M, DIM, D)
 
-    row_max = tl.full([TILE_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([TILE_M], tl.float32)
-    acc = tl.zeros([TILE_M, DV], tl.float32)
+    state = (
+        tl.zeros([TILE_M, DV], tl.float32),
+        tl.full([TILE_M], float("-inf"), tl.float32),
+        tl.zeros([TILE_M], tl.float32),
+        tl.zeros([TILE_M], tl.int32),
+    )
     begin, inner_begin, inner_end, end = key_tiles(
         values, first, tl.minimum(first + TILE_M, span_q.length) - 1, span_q.length, span_k.length, TILE_N
     )
     end = tl.where(first < span_q.length, end, begin)
     inner_end = tl.minimum(inner_end, end)
-    acc, row_sum, row_max = visit(
-        q_tile, k, v, span_q, span_k, head // GROUP, acc, row_sum, row_max, row, values, inner_end, end, True, DIM, DIM_V, TILE_N, PRECISION,
-    )  # fmt: skip
-    acc, row_sum, row_max = visit(
-        q_tile, k, v, span_q, span_k, head // GROUP, acc, row_sum, row_max, row, values, inner_begin, inner_end, False, DIM, DIM_V, TILE_N, PRECISION,
-    )  # fmt: skip
-    if values.left is not None:
-        acc, row_sum, row_max = visit(
-            q_tile, k, v, span_q, span_k, head // GROUP, acc, row_sum, row_max, row, values, begin, tl.minimum(inner_begin, inner_end), True, DIM, DIM_V, TILE_N, PRECISION,
+    state = visit(
+        q_tile, k, v, span_q, span_k, head_kv, state, row, values, inner_end, end, True, DIM, DIM_V, TILE_N, PRECISION
+    )
+    if OVERLAP:
+        state = visit_overlapped(
+            q_tile, k, v, span_k, head_kv, state, values, inner_begin, inner_end, DIM, DIM_V, TILE_N, PRECISION
+        )
+    else:
+        state = visit(
+            q_tile, k, v, span_q, span_k, head_kv, state, row, values, inner_begin, inner_end, False, DIM, DIM_V,
+            TILE_N, PRECISION,
         )  # fmt: skip
+    if values.left is not None:
+        state = visit(
+            q_tile, k, v, span_q, span_k, head_kv, state, row, values, begin, tl.minimum(inner_begin, inner_end), True,
+            DIM, DIM_V, TILE_N, PRECISION,
+        )  # fmt: skip
+    acc, row_max, row_sum, skips = state
 
     if sink is not None:
         logit = tl.load(sink + head).to(tl.float32) * LOG2_E
@@ -105,29 +124,77 @@ def attention_forward(
     row_lse = tl.where(within, row_lse, float("-inf"))
     store_rows(out, span_q, head, first, acc, TILE_M, DIM_V, DV)
     tl.store(base_of(lse, span_q, head) + row * lse.stride_s, row_lse, mask=row < span_q.room)
+    if counts is not None:
+        at = base_of(lse, span_q, head) - lse.ptr + row * lse.stride_s
+        tl.store(counts + 2 * at, tl.zeros_like(skips) + (end - begin), mask=within)
+        tl.store(counts + 2 * at + 1, skips, mask=within)
+
+
+@triton.jit
+def fold(scores, factor, state, threshold):
+    """One tile's step of the online softmax: P, and the state with O rescaled but P V not yet added."""
+    acc, row_max, row_sum, skips = state
+    new_max, pivot, rescale = follow_max(row_max, tl.max(scores, 1) * factor, threshold)
+    skips += ((row_max != float("-inf")) & (new_max == row_max)).to(tl.int32)
+    p = tl.exp2(scores * factor - pivot[:, None])
+    return p, (acc * rescale[:, None], new_max, row_sum * rescale + tl.sum(p, 1), skips)
 
 
 @triton.jit
 def visit(
-    q_tile, k, v, span_q, span_k, head_kv, acc, row_sum, row_max, row, values, begin, end,
+    q_tile, k, v, span_q, span_k, head_kv, state, row, values, begin, end,
     MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Folds the key tiles begin to end, the last one first, into (acc, row_sum, row_max)."""
-    D: tl.constexpr = q_tile.shape[1]
-    DV: tl.constexpr = acc.shape[1]
+    """Folds the key tiles begin to end, the last one first, into the state (acc, row_max, row_sum, skips)."""
     for i in range(begin, end):
         first = (end - 1 - (i - begin)) * TILE_N
-        k_tile = load_rows(k, span_k, head_kv, first, span_k.length, not MASKED, TILE_N, DIM, D)
-        products = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
-        scores, factor = log2_scores(values, products)
+        k_tile = load_rows(k, span_k, head_kv, first, MASKED, TILE_N, DIM, q_tile.shape[1])
+        scores, factor = log2_scores(values, tl.dot(q_tile, k_tile.T, input_precision=PRECISION))
         if MASKED:
             key = first + tl.arange(0, TILE_N)
             seen = visible(values, row[:, None], key[None, :], span_q.length, span_k.length)
             scores = tl.where(seen, scores, float("-inf"))
-        row_max, pivot, rescale = follow_max(row_max, tl.max(scores, 1) * factor, values.threshold)
-        p = tl.exp2(scores * factor - pivot[:, None])
-        row_sum = row_sum * rescale + tl.sum(p, 1)
-        acc = acc * rescale[:, None]
-        v_tile = load_rows(v, span_k, head_kv, first, span_k.length, not MASKED, TILE_N, DIM_V, DV)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
-    return acc, row_sum, row_max
+        p, state = fold(scores, factor, state, values.threshold)
+        v_tile = load_zeroed(v, span_k, head_kv, first, MASKED, TILE_N, DIM_V, state[0].shape[1])
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, state[0], input_precision=PRECISION)
+        state = (acc, state[1], state[2], state[3])
+    return state
+
+
+@triton.jit
+def visit_overlapped(
+    q_tile, k, v, span_k, head_kv, state, values, begin, end,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`visit` without a mask, on Hopper, with q k^T of the next tile in flight during the softmax of this one.
+
+    Three things keep the wgmma in flight. P V comes first in the loop: its result is rescaled in the same iteration, so
+    Triton waits there, and lets q k^T run on to the next iteration's wait. The products are moved to other registers
+    before the next ones are issued into theirs: left to itself the compiler moves them afterwards, and ptxas then
+    serialises every wgmma (its note C7514). P is carried as integers: a float that is a loop's argument would reach the
+    tensor cores through shared memory instead of registers. The first key tile is read twice, as "next" of the last.
+    """
+    D: tl.constexpr = q_tile.shape[1]
+    DV: tl.constexpr = state[0].shape[1]
+    if begin < end:
+        last = (end - 1) * TILE_N
+        k_tile = load_rows(k, span_k, head_kv, last, False, TILE_N, DIM, D)
+        scores, factor = log2_scores(values, tl.dot(q_tile, k_tile.T, input_precision=PRECISION))
+        k_tile = load_rows(k, span_k, head_kv, tl.maximum(last - TILE_N, 0), False, TILE_N, DIM, D)
+        products = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+        p, state = fold(scores, factor, state, values.threshold)
+        bits = p.to(q_tile.dtype).to(tl.int16, bitcast=True)
+        for i in range(1, end - begin):
+            first = last - i * TILE_N
+            v_tile = load_rows(v, span_k, head_kv, first + TILE_N, False, TILE_N, DIM_V, DV)
+            acc = tl.dot(bits.to(q_tile.dtype, bitcast=True), v_tile, state[0], input_precision=PRECISION)
+            products = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [products], tl.float32, False, 1)
+            scores, factor = log2_scores(values, products)
+            k_tile = load_rows(k, span_k, head_kv, tl.maximum(first - TILE_N, 0), False, TILE_N, DIM, D)
+            products = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+            p, state = fold(scores, factor, (acc, state[1], state[2], state[3]), values.threshold)
+            bits = p.to(q_tile.dtype).to(tl.int16, bitcast=True)
+        v_tile = load_rows(v, span_k, head_kv, begin * TILE_N, False, TILE_N, DIM_V, DV)
+        acc = tl.dot(bits.to(q_tile.dtype, bitcast=True), v_tile, state[0], input_precision=PRECISION)
+        state = (acc, state[1], state[2], state[3])
+    return state

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fa4_core.backends import Gradients
@@ -32,21 +33,25 @@ def _rows(tensor: Tensor | None) -> Strided:
     return Strided(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2), None)
 
 
-def _described(tensor: Tensor, rows: int, tile: Tile) -> tuple[Strided, TensorDescriptor | None]:
-    """The tensor behind a TMA descriptor of (rows, head_dim) boxes where its layout allows one, else behind its pointer.
+def _described(tensor: Tensor, rows: int, wanted: bool) -> tuple[Strided, TensorDescriptor | None]:
+    """The tensor behind a TMA descriptor of (rows, head_dim) boxes where its layout allows it, else its pointer.
 
     The descriptor sees a matrix: (B * S, H * D) where heads lie side by side in a row, (B * H * S, D) where each head
     is a block of rows.
     """
     plain = _rows(tensor)
-    *_, heads, dim = tensor.shape
-    seqlen, batch = tensor.shape[-3], tensor.shape[0] if tensor.dim() == 4 else 1
-    if not tile.tma or dim != triton.next_power_of_2(dim) or tensor.numel() == 0 or not is_aligned(tensor):
+    seqlen, heads, dim = tensor.shape[-3:]
+    batch = tensor.shape[0] if tensor.dim() == 4 else 1
+    if not wanted or dim & (dim - 1) or dim < 16 or tensor.numel() == 0:
         return plain, None
     if plain.stride_h == dim and (batch == 1 or plain.stride_b == seqlen * plain.stride_s):
         shape, stride = [batch * seqlen, heads * dim], plain.stride_s
         strided = Strided(None, seqlen, dim, 0, None)
-    elif plain.stride_s == dim and plain.stride_h == seqlen * dim and (batch == 1 or plain.stride_b == heads * seqlen * dim):
+    elif (
+        plain.stride_s == dim
+        and plain.stride_h == seqlen * dim
+        and (batch == 1 or plain.stride_b == heads * seqlen * dim)
+    ):
         shape, stride = [batch * heads * seqlen, dim], dim
         strided = Strided(None, heads * seqlen, 0, seqlen, None)
     else:
@@ -96,40 +101,56 @@ def target_of(device: torch.device) -> GPUTarget:
     return GPUTarget("cuda", 10 * major + minor, 32)
 
 
+class _Plan(NamedTuple):
+    """What repeated calls of one kind share: the tile, the constexpr arguments, and the compiled kernels by layout."""
+
+    tile: Tile
+    constants: tuple[tuple[str, Any], ...]
+    compiled: dict[tuple[bool, ...], CompiledKernel]
+
+
 @functools.cache
-def _compiled(kernel: Any, kinds: Kinds, tile: Tile, device: torch.device, layout: tuple, constants: tuple, args):
-    return compile_kernel(
-        kernel,
-        args.value,
-        dict(constants),
-        {"num_warps": tile.warps, "num_stages": tile.stages},
-        target_of(device),
-        layout[-1],
-    )
+def _plan(name: str, kinds: Kinds, device: torch.device) -> _Plan:
+    """The plan of kernel `name` for a problem's kinds on a device (with its index: a handle belongs to one device)."""
+    if name == "row_slopes":
+        tile = Tile(SLOPE_ROWS, 0, 4, 1)
+        return _Plan(tile, (("DIM_V", kinds.head_dim_v), ("TILE_M", tile.m)), {})
+    tile = tile_for(name, kinds, None if interpreted() else target_of(device))
+    constants = [
+        ("GROUP", kinds.group),
+        ("DIM", kinds.head_dim),
+        ("DIM_V", kinds.head_dim_v),
+        ("TILE_M", tile.m),
+        ("TILE_N", tile.n),
+        ("PRECISION", "ieee" if kinds.dtype == torch.float32 else "tf32"),
+    ]
+    if name == "forward":
+        constants.append(("OVERLAP", tile.overlap))
+    return _Plan(tile, tuple(constants), {})
 
 
-class _Uncompared:
-    """Carries a value past a cache key: all instances are equal."""
+def _launch(kernel: Any, plan: _Plan, device: torch.device, grid: int, args: tuple, layout: tuple[bool, ...]) -> None:
+    """Launches `grid` programs on the device's current stream.
 
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Uncompared)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-def _launch(kernel: Any, problem: Problem, tile: Tile, grid: int, args: tuple, constants: tuple, layout: tuple) -> None:
+    layout: what the compiled kernel assumes of the arguments beyond the problem's kinds; its last entry is "aligned".
+    """
     if grid == 0:
         return
     if interpreted():
-        kernel[(grid,)](*args, **dict(constants))
+        kernel[(grid,)](*args, **dict(plan.constants))
         return
-    compiled = _compiled(kernel, problem.kinds, tile, problem.device, layout, constants, _Uncompared(args))
-    with torch.cuda.device(problem.device):
-        compiled[(grid, 1, 1)](*args, *(value for _, value in constants))
+    compiled = plan.compiled.get(layout)
+    if compiled is None:
+        options = {"num_warps": plan.tile.warps, "num_stages": plan.tile.stages}
+        with torch.cuda.device(device):
+            compiled = compile_kernel(kernel, args, dict(plan.constants), options, target_of(device), layout[-1])
+        plan.compiled[layout] = compiled
+    values = [value for _, value in plan.constants]
+    if torch.cuda.current_device() == device.index:
+        compiled[(grid, 1, 1)](*args, *values)
+    else:
+        with torch.cuda.device(device):
+            compiled[(grid, 1, 1)](*args, *values)
 
 
 def _tiles(rows: int, size: int, varlen: bool, batch: int) -> int:
@@ -137,40 +158,32 @@ def _tiles(rows: int, size: int, varlen: bool, batch: int) -> int:
     return rows // size + batch + 1 if varlen else triton.cdiv(rows, size)
 
 
-def _precision(kinds: Kinds) -> str:
-    return "ieee" if kinds.dtype == torch.float32 else "tf32"
-
-
 def _heads(problem: Problem, heads: int) -> int:
     """Programs beside the tiles: heads, times batch elements where those are not in the tiles."""
     return heads if problem.kinds.varlen else heads * problem.batch
 
 
-def forward(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Returns out and lse; arguments and results as in `Backend.forward`."""
-    kinds = problem.kinds
-    out = torch.empty(problem.out_shape, dtype=kinds.dtype, device=problem.device)
-    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=problem.device)
-    tile = tile_for("forward", kinds, problem.device)
+def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns out and lse; arguments and results as in `Backend.forward`.
+
+    counts: for tests, a zeroed int32 tensor of lse's shape and a last dimension of 2, which receives for each row the
+    key tiles visited and the rescales skipped.
+    """
+    kinds, device = problem.kinds, inputs.q.device
+    out = torch.empty(problem.out_shape, dtype=kinds.dtype, device=device)
+    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)
+    plan = _plan("forward", kinds, device)
     q, k, v = inputs.q, inputs.k, inputs.v
-    k_rows, k_descriptor = _described(k, tile.n, tile)
-    v_rows, v_descriptor = _described(v, tile.n, tile)
+    aligned = is_aligned(q) and is_aligned(k) and is_aligned(v)
+    k_rows, k_descriptor = _described(k, plan.tile.n, plan.tile.tma and aligned)
+    v_rows, v_descriptor = _described(v, plan.tile.n, plan.tile.tma and aligned)
+    grid = _tiles(problem.seqlen_q, plan.tile.m, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q)
     args = (
         _rows(q), k_rows, v_rows, _rows(out), _statistics(lse), inputs.sink, _sequences(problem, inputs),
-        _values(problem), problem.heads_q, k_descriptor, v_descriptor,
+        _values(problem), problem.heads_q, k_descriptor, v_descriptor, counts,
     )  # fmt: skip
-    constants = (
-        ("GROUP", kinds.group),
-        ("DIM", kinds.head_dim),
-        ("DIM_V", kinds.head_dim_v),
-        ("TILE_M", tile.m),
-        ("TILE_N", tile.n),
-        ("PRECISION", _precision(kinds)),
-    )
-    grid = _tiles(problem.seqlen_q, tile.m, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q)
-    aligned = is_aligned(q) and is_aligned(k) and is_aligned(v)
-    layout = (k_descriptor is not None, v_descriptor is not None, aligned)
-    _launch(attention_forward, problem, tile, grid, args, constants, layout)
+    layout = (counts is not None, k_descriptor is not None, v_descriptor is not None, aligned)
+    _launch(attention_forward, plan, device, grid, args, layout)
     return out, lse
 
 
@@ -178,55 +191,44 @@ def backward(
     problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
 ) -> Gradients:
     """Returns the gradients; arguments and results as in `Backend.backward`."""
-    kinds = problem.kinds
+    kinds, device = problem.kinds, inputs.q.device
     q, k, v, sink = inputs.q, inputs.k, inputs.v, inputs.sink
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (q, k, v))
     slope = torch.empty_like(lse)
     aligned = all(map(is_aligned, (q, k, v, dout)))
     sequences, values = _sequences(problem, inputs), _values(problem)
 
-    slope_tiles = _tiles(problem.seqlen_q, SLOPE_ROWS, kinds.varlen, problem.batch)
-    slope_grid = slope_tiles * _heads(problem, problem.heads_q)
-    parts = None if sink is None else lse.new_empty((slope_grid // problem.heads_q, problem.heads_q))
-    _launch(
-        row_slopes,
-        problem,
-        Tile(SLOPE_ROWS, 0, 4, 1),
-        slope_grid,
-        (_rows(dout), _rows(out), _statistics(lse), _statistics(dlse), _statistics(slope), sink, parts, sequences,
-         problem.heads_q),
-        (("DIM_V", kinds.head_dim_v), ("TILE_M", SLOPE_ROWS)),
-        (aligned and is_aligned(out),),
+    plan = _plan("row_slopes", kinds, device)
+    grid = _tiles(problem.seqlen_q, SLOPE_ROWS, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q)
+    parts = None if sink is None else lse.new_empty((grid // problem.heads_q, problem.heads_q))
+    args = (
+        _rows(dout), _rows(out), _statistics(lse), _statistics(dlse), _statistics(slope), sink, parts, sequences,
+        problem.heads_q,
     )  # fmt: skip
+    _launch(row_slopes, plan, device, grid, args, (dlse is not None, aligned and is_aligned(out)))
 
     statistics = (_statistics(lse), _statistics(slope))
-    fixed = (("GROUP", kinds.group), ("DIM", kinds.head_dim), ("DIM_V", kinds.head_dim_v))
-    precision = ("PRECISION", _precision(kinds))
-    tile = tile_for("backward_kv", kinds, problem.device)
-    q_rows, q_descriptor = _described(q, tile.m, tile)
-    do_rows, do_descriptor = _described(dout, tile.m, tile)
-    _launch(
-        attention_backward_kv,
-        problem,
-        tile,
-        _tiles(problem.seqlen_k, tile.n, kinds.varlen, problem.batch) * _heads(problem, problem.heads_kv),
-        (q_rows, _rows(k), _rows(v), do_rows, *statistics, _rows(dk), _rows(dv), sequences, values, problem.heads_kv,
-         q_descriptor, do_descriptor),
-        (*fixed, ("TILE_M", tile.m), ("TILE_N", tile.n), precision),
-        (q_descriptor is not None, do_descriptor is not None, aligned),
+    plan = _plan("backward_kv", kinds, device)
+    q_rows, q_descriptor = _described(q, plan.tile.m, plan.tile.tma and aligned)
+    do_rows, do_descriptor = _described(dout, plan.tile.m, plan.tile.tma and aligned)
+    grid = _tiles(problem.seqlen_k, plan.tile.n, kinds.varlen, problem.batch) * _heads(problem, problem.heads_kv)
+    args = (
+        q_rows, _rows(k), _rows(v), do_rows, *statistics, _rows(dk), _rows(dv), sequences, values, problem.heads_kv,
+        q_descriptor, do_descriptor,
     )  # fmt: skip
-    tile = tile_for("backward_q", kinds, problem.device)
-    k_rows, k_descriptor = _described(k, tile.n, tile)
-    v_rows, v_descriptor = _described(v, tile.n, tile)
-    _launch(
-        attention_backward_q,
-        problem,
-        tile,
-        _tiles(problem.seqlen_q, tile.m, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q),
-        (_rows(q), k_rows, v_rows, _rows(dout), *statistics, _rows(dq), sequences, values, problem.heads_q,
-         k_descriptor, v_descriptor),
-        (*fixed, ("TILE_M", tile.m), ("TILE_N", tile.n), precision),
-        (k_descriptor is not None, v_descriptor is not None, aligned),
+    layout = (q_descriptor is not None, do_descriptor is not None, aligned)
+    _launch(attention_backward_kv, plan, device, grid, args, layout)
+
+    plan = _plan("backward_q", kinds, device)
+    k_rows, k_descriptor = _described(k, plan.tile.n, plan.tile.tma and aligned)
+    v_rows, v_descriptor = _described(v, plan.tile.n, plan.tile.tma and aligned)
+    grid = _tiles(problem.seqlen_q, plan.tile.m, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q)
+    args = (
+        _rows(q), k_rows, v_rows, _rows(dout), *statistics, _rows(dq), sequences, values, problem.heads_q,
+        k_descriptor, v_descriptor,
     )  # fmt: skip
-    dsink = None if parts is None else parts.sum(0).to(sink.dtype)
+    layout = (k_descriptor is not None, v_descriptor is not None, aligned)
+    _launch(attention_backward_q, plan, device, grid, args, layout)
+
+    dsink = None if sink is None else parts.sum(0).to(sink.dtype)
     return Gradients(dq, dk, dv, dsink)

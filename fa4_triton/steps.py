@@ -17,8 +17,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 class Strided(NamedTuple):
     """A (batch, rows, heads, head_dim) tensor of contiguous head_dim, behind a pointer or a TMA descriptor.
 
-    Behind a pointer, strides are in elements. Behind a descriptor, which sees the tensor as a matrix of (rows, columns),
-    ptr is None, stride_b and stride_h are in the matrix's rows, and stride_s is the columns from head to head.
+    Behind a pointer, strides are in elements. Behind a descriptor, which sees a matrix of (rows, columns), ptr is None,
+    stride_b and stride_h are in the matrix's rows, and stride_s is the columns from head to head.
     """
 
     ptr: tl.tensor
@@ -29,7 +29,7 @@ class Strided(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Where sequences lie. cu_* and used_* are int32 pointers or None; rows_* count a tensor's rows (total in varlen)."""
+    """Where sequences lie. cu_* and used_* are int32 pointers or None; rows_*: a tensor's rows (total in varlen)."""
 
     cu_q: tl.tensor
     cu_k: tl.tensor
@@ -116,31 +116,39 @@ def base_of(tensor, span, head):
 
 
 @triton.jit
-def load_rows(
-    tensor, span, head, first, limit, EVEN: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr
-):
-    """(ROWS, D) tile of a head from row `first` of the span on.
+def load_rows(tensor, span, head, first, PARTIAL: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr):
+    """(ROWS, D) tile of a head from row `first` of the span on; columns past DIM read as zero.
 
-    Columns past DIM and, unless EVEN, rows from `limit` on read as zero.
+    Rows past the span's length, which only a PARTIAL tile may have, read as zero behind a pointer, and as whatever lies
+    there behind a descriptor: see `load_zeroed`.
     """
     row = tl.arange(0, ROWS)
     if tensor.descriptor is not None:
         at = span.batch * tensor.stride_b + head * tensor.stride_h + span.start + first
         tile = tensor.descriptor.load([at.to(tl.int32), (head * tensor.stride_s).to(tl.int32)])
-        if not EVEN:
-            tile = tl.where((first + row < limit)[:, None], tile, 0.0)
     else:
         column = tl.arange(0, D)
         base = base_of(tensor, span, head) + tl.cast(first, tl.int64) * tensor.stride_s
         ptrs = base + (row[:, None] * tensor.stride_s + column[None, :])
-        if EVEN and DIM == D:
-            tile = tl.load(ptrs)
-        elif EVEN:
-            tile = tl.load(ptrs, mask=(column < DIM)[None, :], other=0.0)
+        if PARTIAL and DIM == D:
+            tile = tl.load(ptrs, mask=(first + row < span.length)[:, None], other=0.0)
+        elif PARTIAL:
+            tile = tl.load(ptrs, mask=(first + row < span.length)[:, None] & (column < DIM)[None, :], other=0.0)
         elif DIM == D:
-            tile = tl.load(ptrs, mask=(first + row < limit)[:, None], other=0.0)
+            tile = tl.load(ptrs)
         else:
-            tile = tl.load(ptrs, mask=(first + row < limit)[:, None] & (column < DIM)[None, :], other=0.0)
+            tile = tl.load(ptrs, mask=(column < DIM)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def load_zeroed(
+    tensor, span, head, first, PARTIAL: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr
+):
+    """`load_rows` with every row past the span's length zero: for operands whose NaN there would show."""
+    tile = load_rows(tensor, span, head, first, PARTIAL, ROWS, DIM, D)
+    if PARTIAL and tensor.descriptor is not None:
+        tile = tl.where((first + tl.arange(0, ROWS) < span.length)[:, None], tile, 0.0)
     return tile
 
 

@@ -1,28 +1,92 @@
-"""Tile sizes by architecture, element size and head dimension; benchmarks/tune.py measures candidates for this table."""
+"""Tile sizes by architecture, element size and head dimension.
+
+Measured on an H100 by benchmarks/tune.py (docs/performance.md); the other rows follow from what the compiler
+reports for them: shared memory within the device's limit, and no or few spilled registers. A tile depends on nothing but the
+architecture and the problem's kinds, so results do not depend on lengths or batch.
+"""
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
-import torch
 import triton
+from triton.backends.compiler import GPUTarget
 
 from fa4_core.problem import Kinds
 
 
 class Tile(NamedTuple):
-    """Query rows and keys of a tile, warps of a program, stages of its software pipeline, K and V by TMA."""
+    """Query rows and keys of a tile, warps of a program, stages of its software pipeline.
+
+    tma: read tiles in the loop through TMA descriptors. overlap: keep q k^T in flight during the softmax (Hopper).
+    """
 
     m: int
     n: int
     warps: int
     stages: int
     tma: bool = False
+    overlap: bool = False
 
 
-@functools.cache
-def tile_for(kernel: str, kinds: Kinds, device: torch.device) -> Tile:
-    """The tile of `kernel` ("forward", "backward_kv", "backward_q") for a problem's kinds on a device."""
-    dim = triton.next_power_of_2(max(kinds.head_dim, kinds.head_dim_v, 16))
-    return Tile(64, 32, 4, 1)
+SHARED_MEMORY = {"hopper": 227, "blackwell": 227, "ampere": 163, "small": 99, "amd": 64}
+"""KiB of shared memory that a program may use, by family."""
+
+_FAMILIES = {80: "ampere", 87: "ampere", 90: "hopper", 100: "blackwell", 103: "blackwell", 110: "blackwell"}
+
+
+def family_of(target: GPUTarget) -> str:
+    """The row of the table for a compilation target; consumer parts, and NVIDIA parts yet unknown, are "small"."""
+    if target.backend == "hip":
+        return "amd"
+    return _FAMILIES.get(target.arch, "small")
+
+
+# (kernel, 16-bit elements) -> {widest head dimension, as a power of two: tile}, by family.
+_16_BIT = {
+    "hopper": {
+        "forward": {64: Tile(64, 64, 4, 2, True), 128: Tile(64, 64, 4, 3, True), 256: Tile(128, 64, 8, 2, True)},
+        "backward_kv": {64: Tile(64, 64, 4, 2, True), 128: Tile(64, 128, 8, 3, True), 256: Tile(32, 64, 8, 1, True)},
+        "backward_q": {64: Tile(64, 64, 4, 2, True), 128: Tile(128, 64, 8, 3, True), 256: Tile(64, 32, 8, 2, True)},
+    },
+    "blackwell": {
+        "forward": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 1)},
+        "backward_kv": {64: Tile(64, 64, 8, 1), 128: Tile(32, 64, 8, 1), 256: Tile(32, 32, 8, 1)},
+        "backward_q": {64: Tile(64, 64, 8, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 8, 1)},
+    },
+    "ampere": {
+        "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
+        "backward_kv": {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+        "backward_q": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
+    },
+    "small": {
+        "forward": {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
+        "backward_kv": {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 1), 256: Tile(16, 32, 8, 1)},
+        "backward_q": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
+    },
+    "amd": {
+        "forward": {64: Tile(128, 64, 4, 1), 128: Tile(128, 32, 4, 1), 256: Tile(64, 32, 4, 1)},
+        "backward_kv": {64: Tile(32, 64, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
+        "backward_q": {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
+    },
+}
+_32_BIT = {
+    "forward": {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
+    "backward_kv": {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "backward_q": {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
+}
+_INTERPRETED = {"forward": Tile(64, 32, 4, 1), "backward_kv": Tile(32, 64, 4, 1), "backward_q": Tile(64, 32, 4, 1)}
+
+
+def tile_for(kernel: str, kinds: Kinds, target: GPUTarget | None) -> Tile:
+    """The tile of `kernel` ("forward", "backward_kv", "backward_q"); a target of None is Triton's interpreter."""
+    if target is None:
+        return _INTERPRETED[kernel]
+    dim = max(64, triton.next_power_of_2(max(kinds.head_dim, kinds.head_dim_v)))
+    if kinds.dtype.itemsize == 4:
+        return _32_BIT[kernel][dim]
+    tile = _16_BIT[family_of(target)][kernel][dim]
+    if kernel == "forward" and family_of(target) == "hopper" and dim == 128 and not kinds.window_right:
+        # Without a diagonal to mask nearly all tiles are inner ones, and the overlap pays.
+        return Tile(64, 64, 4, 2, tma=True, overlap=True)
+    return tile
