@@ -35,13 +35,18 @@ class _Sequence:
     len_k: int | Tensor
 
 
+def _on_host(device: torch.device) -> bool:
+    """Whether reading an index tensor on `device` is free of a synchronisation."""
+    return device.type == "cpu"
+
+
 def _sequences(problem: Problem, inputs: Inputs) -> Iterator[_Sequence]:
     """The call's sequences. Index tensors are read on the CPU; elsewhere whole row ranges are gathered."""
     sides = (
         (inputs.cu_seqlens_q, inputs.seqused_q, problem.seqlen_q, problem.max_seqlen_q),
         (inputs.cu_seqlens_k, inputs.seqused_k, problem.seqlen_k, problem.max_seqlen_k),
     )
-    on_host = problem.device.type == "cpu"
+    on_host = _on_host(problem.device)
     spans = []
     for cu, used, rows, longest in sides:
         if on_host:
@@ -60,7 +65,9 @@ def _sequences(problem: Problem, inputs: Inputs) -> Iterator[_Sequence]:
 
 def _clamped(length: int | Tensor, room: int | Tensor) -> int | Tensor:
     if isinstance(length, Tensor):
-        return torch.minimum(length.clamp(min=0), torch.as_tensor(room, device=length.device, dtype=length.dtype))
+        # No tensor is made of an int here: its copy to a GPU would synchronise.
+        length = length.clamp(min=0)
+        return torch.minimum(length, room) if isinstance(room, Tensor) else length.clamp(max=room)
     return max(0, min(length, room))
 
 

@@ -41,6 +41,11 @@ class Target:
         """Whether new compile-time axes cost it seconds."""
         return self.backend != "reference" and not self.interpreted
 
+    @property
+    def gathers(self) -> bool:
+        """Whether it works on whole row ranges where lengths lie on the device: cuBLAS then rounds by their shape."""
+        return self.backend == "reference" and self.device != "cpu"
+
     def parameter(self):
         """The target as a value of `pytest.mark.parametrize`."""
         marks = []

@@ -6,6 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from targets import Target
 
+from fa4_core import reference
 from fa4_core.checks import check_backward, check_forward
 from fa4_core.strategies import Case, cases
 
@@ -62,6 +63,14 @@ def test_odd_shapes_and_magnitudes_are_within_their_budget(target, case):
 def test_float64_on_the_reference_keeps_float64(case):
     """A float32 step anywhere in the reference (its LSE was one) would be 2^20 budgets away."""
     check(Target("reference", "cpu"), case)
+
+
+@given(case=cases())
+def test_the_reference_where_lengths_cannot_be_read(case):
+    """On a GPU it gathers ranges of rows by index tensors that it never reads; here on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_on_host", lambda device: False)
+        check(Target("reference", "cpu"), case)
 
 
 def test_long_rows_are_within_their_budget(target, dtype):

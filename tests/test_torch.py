@@ -1,5 +1,7 @@
 """Attention as a citizen of PyTorch: operators, compilation, autocast, no synchronisation, CUDA graphs."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -216,31 +218,20 @@ def test_modules_export():
     assert torch.equal(program.module()(q, q, q), attention(q, q, q, causal=True))
 
 
-def gpu_call(target, **changed):
-    case = Case(
-        **{
-            "dtype": torch.float16,
-            "head_dim": 64,
-            "head_dim_v": 64,
-            "heads_q": 4,
-            "lengths": ((100, 130), (70, 90)),
-            "varlen": True,
-            "causal": True,
-            "softcap": 5.0,
-            "sink": "normal",
-            "used": ((90, 70), (130, 80)),
-            **changed,
-        }
-    )
-    return case.build(target.device)
+PACKED = Case(
+    dtype=torch.float16, head_dim=64, head_dim_v=64, heads_q=4, varlen=True, lengths=((100, 130), (70, 90)),
+    used=((90, 70), (130, 80)), causal=True, softcap=5.0, sink="normal", deterministic=True,
+)  # fmt: skip
+DENSE = dataclasses.replace(PACKED, varlen=False, lengths=((100, 130),) * 2)
 
 
 @pytest.mark.gpu
-def test_no_call_synchronises_with_the_device(target):
+@pytest.mark.parametrize("case", [PACKED, DENSE], ids=["varlen", "dense"])
+def test_no_call_synchronises_with_the_device(target, case):
     """Lengths, indices and values are never read back, in the forward or in the backward."""
     if target.device == "cpu":
         pytest.skip("needs a GPU")
-    call = gpu_call(target)
+    call = case.build(target.device)
     leaves = [t.detach().requires_grad_() for t in (call.q, call.k, call.v)]
 
     def step():
@@ -260,10 +251,8 @@ def test_forward_and_backward_can_be_captured_in_a_cuda_graph(target):
     """Replayed on new contents, lengths included, they equal an eager call on them bit for bit."""
     if target.device == "cpu":
         pytest.skip("needs a GPU")
-    call, other = (
-        gpu_call(target, deterministic=True),
-        gpu_call(target, seed=1, used=((30, 66), (77, 90)), deterministic=True),
-    )
+    call = PACKED.build(target.device)
+    other = dataclasses.replace(PACKED, seed=1, used=((30, 66), (77, 90))).build(target.device)
     leaves = [t.detach().clone().requires_grad_() for t in (call.q, call.k, call.v)]
     options = {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in call.options.items()}
 
