@@ -91,6 +91,12 @@ def test_explain_names_what_is_missing(picky):
     assert explain(Q, Q, Q, backend="picky").reasons["reference"] == "backend='picky' was asked for"
 
 
+def test_explain_says_what_runs_only_when_asked_for_by_name(monkeypatch):
+    monkeypatch.setattr(type(backends.load("triton")), "unavailable", lambda self, device: None)
+    want = "could serve, but on cpu runs only when asked for by name"
+    assert explain(Q, Q, Q).reasons["triton"] == want
+
+
 def test_a_named_backend_that_cannot_serve_raises_and_names_the_feature(picky):
     """Never another backend instead: the caller asked for this one."""
     with pytest.raises(NotImplementedError, match="backend='picky': does not support softcap"):
