@@ -303,7 +303,7 @@ class Cta:
         machine = cluster.machine
         self.machine, self.cluster, self.rank, self.ctaid = machine, cluster, rank, ctaid
         self.first_warp = rank * machine.warps_per_cta
-        self.shared = np.full(machine.shared_bytes, 0xCD, np.uint8)
+        self.shared = np.full(machine.shared_bytes, 0xFF, np.uint8)  # NaN in every float type
         self.shared_views = {w: self.shared.view(f"u{w}") for w in (1, 2, 4, 8)}
         self.shared_views[16] = self.shared.view(np.uint64).reshape(-1, 2)
         self.mbarriers: dict[int, object] = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="needs the package triton")
@@ -16,11 +16,14 @@ dispatch = pytest.importorskip("dispatch", reason="run from the repository's roo
 from fa4_core.checks import check_backward, check_forward  # noqa: E402
 from fa4_core.strategies import Case  # noqa: E402
 
+from .launcher import TRITON_TOLERATES  # noqa: E402
 from .triton_backend import emulated_triton  # noqa: E402
 
 CAPABILITIES = (80, 90, 100, 120)
-TOLERATED = ("missing mbarrier init fence", "missing proxy fence")
-"""Triton's own omissions; see docs/emulator.md. Everything else that the race check finds fails the test."""
+TOLERATED = {100: (*TRITON_TOLERATES, "missing proxy fence")}
+"""On sm_100 Triton 3.7 leaves a proxy fence out of the peeled first iteration; see docs/emulator.md."""
+
+# No shrinking: an example takes a second, and its seed replays it.
 
 FEATURES = {
     "causal-gqa": {"causal": True, "heads_q": 2},
@@ -39,7 +42,7 @@ def lengths(features, pair):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", FEATURES)
-@settings(max_examples=2)
+@settings(max_examples=2, phases=(Phase.explicit, Phase.generate))
 @given(pair=st.tuples(st.integers(1, 90), st.integers(1, 90)), scores=st.sampled_from(("normal", "rising", "large")),
        seed=st.integers(0, 63))  # fmt: skip
 def test_forward_and_backward_are_within_their_budget(capability, name, pair, scores, seed):
@@ -48,18 +51,18 @@ def test_forward_and_backward_are_within_their_budget(capability, name, pair, sc
     case = Case(dtype=torch.bfloat16, head_dim=64, head_dim_v=64, lengths=lengths(FEATURES[name], pair), scores=scores,
                 seed=seed, **FEATURES[name])  # fmt: skip
     call = case.build("cpu")
-    with emulated_triton(capability, seed=seed, tolerate=TOLERATED):
+    with emulated_triton(capability, seed=seed, tolerate=TOLERATED.get(capability, TRITON_TOLERATES)):
         report = check_backward(attention, call.q, call.k, call.v, dout=call.dout, dlse=call.dlse, **call.options)
     assert report.passed, f"sm_{capability}, schedule {seed}: {case!r}\n{report}"
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@settings(max_examples=2)
+@settings(max_examples=2, phases=(Phase.explicit, Phase.generate))
 @given(pair=st.tuples(st.integers(60, 140), st.integers(60, 140)), seed=st.integers(0, 63))
-def test_forward_with_large_tiles_and_eight_warps(capability, pair, seed):
-    """fp16, head_dim 128, 128x64 tiles: two warpgroups share a tile on sm_90, and TMEM holds wide accumulators."""
+def test_forward_of_fp16_at_head_dim_128(capability, pair, seed):
+    """Other tiles of the project's table: more warps, wider accumulators, deeper pipelines."""
     case = Case(dtype=torch.float16, head_dim=128, head_dim_v=128, lengths=(pair,), causal=True, seed=seed)
     call = case.build("cpu")
-    with emulated_triton(capability, seed=seed, tiles={"forward": (128, 64, 8, 2)}, tolerate=TOLERATED):
+    with emulated_triton(capability, seed=seed, tolerate=TOLERATED.get(capability, TRITON_TOLERATES)):
         report = check_forward(attention, call.q, call.k, call.v, **call.options)
     assert report.passed, f"sm_{capability}, schedule {seed}: {case!r}\n{report}"

@@ -1,58 +1,65 @@
 """The project's Triton backend on CPU tensors: its own host code, its kernels compiled for a GPU, run in the emulator.
 
 Inside `emulated_triton(90)`, `dispatch.attention(q, k, v, backend="triton")` on CPU tensors checks, allocates, picks
-grids and packs arguments as on a GPU, and each launch compiles for sm_90 and runs here. Only the launch itself and the
-tile choice are replaced.
+tiles and grids and packs arguments as on a GPU; each launch compiles for sm_90 and runs here. Only the question which
+device this is, and the launch itself, are replaced.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from .launcher import launch_triton
 from .machine import Result
 
-_COMPILED: dict[tuple, Any] = {}
 
-SMALL_TILES = {"forward": (64, 32, 4, 2), "backward_kv": (32, 64, 4, 1), "backward_q": (64, 32, 4, 1)}
-"""Rows, keys, warps, stages: small enough that short sequences cross several tiles."""
+@functools.cache
+def _plans(capability: int, tiles: tuple):
+    """A plan function of its own for each target, so that compiled kernels of several live side by side."""
+    from fa4_triton import launch as host
+
+    return functools.cache(host._plan.__wrapped__)
 
 
 @contextmanager
-def emulated_triton(capability: int, *, seed: int = 0, tma: bool | None = None, tiles: dict | None = None,
+def emulated_triton(capability: int, *, seed: int = 0, tiles: dict | None = None,
                     observe: Callable[[str, Result], None] | None = None, **machine) -> Iterator[None]:  # fmt: skip
     """Runs the Triton backend for compute capability `capability` (80, 90, ...) under schedule `seed`.
 
-    tma: tensor descriptors for K and V (default: from sm_90 on). tiles: as `SMALL_TILES`. observe: called with the name
-    of each kernel and its `Result`. machine: options of `Machine`.
+    tiles: `fa4_triton.tiles.Tile` by kernel name, in place of the project's table. observe: called with the name of each
+    kernel and its `Result`. machine: options of `Machine`.
     """
     import fa4_triton
     from fa4_triton import launch as host
 
-    use_tma = capability >= 90 if tma is None else tma
-    table = {**SMALL_TILES, **(tiles or {})}
+    target = host.GPUTarget("cuda", capability, 32)
+    chosen = tiles or {}
+    table = host.tile_for
 
-    def tile_for(kernel: str, kinds, device):
-        m, n, warps, stages = table[kernel]
-        return host.Tile(m, n, warps, stages, use_tma)
+    def tile_for(name, kinds, target):
+        return chosen.get(name) or table(name, kinds, target)
 
-    def run(kernel, problem, tile, grid: int, args: tuple, constants: tuple, layout: tuple) -> None:
+    def run(kernel, plan, device, grid: int, args: tuple, layout: tuple) -> None:
         if grid == 0:
             return
-        key = (kernel.__name__, problem.kinds, tile, capability, constants, layout)
-        compiled = _COMPILED.get(key)
-        if compiled is None:
-            target = host.GPUTarget("cuda", capability, 32)
-            options = {"num_warps": tile.warps, "num_stages": tile.stages}
-            compiled = _COMPILED[key] = host.compile_kernel(kernel, args, dict(constants), options, target, layout[-1])
+        if layout not in plan.compiled:
+            options = {"num_warps": plan.tile.warps, "num_stages": plan.tile.stages}
+            constants = dict(plan.constants)
+            plan.compiled[layout] = host.compile_kernel(kernel, args, constants, options, target, layout[-1])
         named = dict(zip(kernel.arg_names, args))
-        result = launch_triton(compiled, (grid,), named, seed=seed, **machine)
+        result = launch_triton(plan.compiled[layout], (grid,), named, seed=seed, **machine)
         if observe is not None:
             observe(kernel.__name__, result)
 
-    replaced = {(host, "tile_for"): tile_for, (host, "_launch"): run, (fa4_triton, "_unavailable"): lambda device: None}
+    replaced = {
+        (fa4_triton, "_unavailable"): lambda device: None,
+        (host, "target_of"): lambda device: target,
+        (host, "tile_for"): tile_for,
+        (host, "_plan"): _plans(capability, tuple(sorted(chosen.items()))),
+        (host, "_launch"): run,
+    }
     original = {place: getattr(*place) for place in replaced}
     try:
         for place, function in replaced.items():
