@@ -217,9 +217,7 @@ def test_cases_past_the_deadline_say_so():
 
 def test_host_rows_hold_all_three_times():
     (row,) = rows_of("host", Fake("one"))
-    assert row["wall_us"] > 0
-    assert row["wall_grad_us"] > 0
-    assert row["wall_step_us"] > row["wall_grad_us"] / 2
+    assert all(row[column] > 0 for column in ("wall_us", "wall_grad_us", "wall_step_us"))
 
 
 def test_inputs_are_normal_and_the_same_for_every_run():
