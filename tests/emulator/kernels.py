@@ -57,3 +57,152 @@ def _width(ty: str) -> int:
     from .ptx import TYPE_BYTES
 
     return TYPE_BYTES[ty]
+
+
+# One tile through TMA and a tensor core ----------------------------------------------------------------------------
+
+ELEMENT = {"bf16": 2, "f16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1}
+
+
+class Operand:
+    """A matrix operand (rows along M or N, depth along K) brought to shared memory by TMA boxes of the swizzle's width."""
+
+    def __init__(self, name: str, rows: int, depth: int, size: int, span: int, mn_major: bool, start: int) -> None:
+        self.name, self.rows, self.depth, self.size = name, rows, depth, size
+        self.span, self.mn_major, self.start = span, mn_major, start
+        width = span or 16  # without a swizzle, boxes are one core matrix wide
+        inner, outer = (rows, depth) if mn_major else (depth, rows)
+        self.box = (min(width // size, inner), outer)
+        self.boxes = -(-inner // self.box[0])
+        self.box_bytes = self.box[0] * self.box[1] * size
+
+    @property
+    def bytes(self) -> int:
+        return self.boxes * self.box_bytes
+
+    def loads(self, map_register: str, barrier: str) -> list[str]:
+        return [f"mov.b32 %r20, smem; add.s32 %r20, %r20, {self.start + n * self.box_bytes};\n"
+                "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r20], "
+                f"[{map_register}, {{{n * self.box[0]}, 0}}], [{barrier}];" for n in range(self.boxes)]  # fmt: skip
+
+    def descriptor(self, step: int, sm90: bool) -> tuple[int, int]:
+        """(byte offset from `smem`, upper bits) of the operand's descriptor for K step `step` of 32 bytes."""
+        span = self.span
+        if not self.mn_major:
+            if span:
+                leading, stride = 16, 8 * span
+                block, inside = divmod(32 * step, span)
+                offset = block * self.box_bytes + inside
+            else:
+                leading, stride = self.box_bytes, 128
+                offset = 2 * step * self.box_bytes
+        else:
+            group = 8 * (span or 16)
+            leading, stride = (self.box_bytes, group) if span else (group, self.box_bytes)
+            offset = step * (32 // self.size) // 8 * group
+        mode = {0: 0, 128: 1, 64: 2, 32: 3}[span] << 62 if sm90 else {0: 0, 128: 2, 64: 4, 32: 6}[span] << 61
+        fixed = mode | (leading >> 4) << 16 | (stride >> 4) << 32
+        return self.start + offset, fixed if sm90 else fixed | 1 << 46
+
+
+def tile_product(kind: str, m: int, n: int, k: int, span: int, a_mn: bool, b_mn: bool, *, sm90: bool) -> tuple[str, Operand, Operand, int]:
+    """PTX that multiplies one tile: TMA loads, then tcgen05.mma (or wgmma) over K, then a store of D (m x n float32).
+
+    Returns (ptx, operand A, operand B, dynamic shared bytes). Parameters: map of A, map of B, D.
+    """
+    size = ELEMENT[kind]
+    a = Operand("a", m, k, size, span, a_mn, 1024)
+    b = Operand("b", n, k, size, span, b_mn, 1024 + -(-a.bytes // 1024) * 1024)
+    end = b.start + -(-b.bytes // 1024) * 1024
+    lines = [
+        "mov.b32 %r1, smem; add.s32 %r2, %r1, 8; add.s32 %r3, %r1, 16;",
+        "setp.eq.u32 %p1, %t, 0;",
+        "@%p1 mbarrier.init.shared::cta.b64 [%r1], 1;",
+        "@%p1 mbarrier.init.shared::cta.b64 [%r2], 1;",
+        "fence.proxy.async.shared::cta;",
+        "bar.sync 0;",
+        "@!%p1 bra LOADED;",
+        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], {a.bytes + b.bytes};",
+        "mov.b64 %d1, p0; mov.b64 %d2, p1;",
+        *a.loads("%d1", "%r1"),
+        *b.loads("%d2", "%r1"),
+        "LOADED:",
+        "bar.warp.sync 0xffffffff;",
+        "WAIT1: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r1], 0;",
+        "@!%p2 bra WAIT1;",
+    ]
+    steps = k * size // 32
+    descriptors = [(a.descriptor(s, sm90), b.descriptor(s, sm90)) for s in range(steps)]
+
+    def load_descriptor(register: str, place: tuple[int, int]) -> str:
+        offset, fixed = place
+        return (f"mov.b32 %r21, smem; add.s32 %r21, %r21, {offset}; shr.u32 %r21, %r21, 4; cvt.u64.u32 {register}, %r21; "
+                f"or.b64 {register}, {register}, {fixed};")  # fmt: skip
+
+    lines += (_wgmma_tile(kind, n, a_mn, b_mn, descriptors, load_descriptor) if sm90 else
+              _tcgen05_tile(kind, m, n, a_mn, b_mn, descriptors, load_descriptor))  # fmt: skip
+    registers = f".reg .b32 %acc<{max(n, 1)}>;"
+    params = ".param .align 64 .b8 p0[128],\n.param .align 64 .b8 p1[128],\n.param .u64 p2"
+    text = kernel(0, "\n".join(lines), registers, 128).replace(".entry k(\n\n)", f".entry k(\n{params}\n)")
+    return text, a, b, end
+
+
+def _tcgen05_tile(kind, m, n, a_mn, b_mn, descriptors, load_descriptor) -> list[str]:
+    columns = max(32, 1 << (n - 1).bit_length())
+    family = {"bf16": "f16", "f16": "f16", "tf32": "tf32"}.get(kind, "f8f6f4")
+    code = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 0, "e5m2": 1}[kind]
+    instruction = 1 << 4 | code << 7 | code << 10 | a_mn << 15 | b_mn << 16 | (n // 8) << 17 | (m // 16) << 24
+    lines = [
+        "setp.lt.u32 %p3, %t, 32;",
+        f"@%p3 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r3], {columns};",
+        "bar.sync 0;",
+        "ld.shared.b32 %r4, [%r3];",
+        f"mov.b32 %r5, {instruction};",
+        "@!%p1 bra ISSUED;",
+    ]
+    for step, (a, b) in enumerate(descriptors):
+        lines += [load_descriptor("%d3", a), load_descriptor("%d4", b), f"setp.ne.u32 %p4, {step}, 0;",
+                  f"tcgen05.mma.cta_group::1.kind::{family} [%r4], %d3, %d4, %r5, %p4;"]  # fmt: skip
+    lines += [
+        "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r2];",
+        "ISSUED: bar.warp.sync 0xffffffff;",
+        "WAIT2: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0;",
+        "@!%p2 bra WAIT2;",
+        "ld.param.b64 %d5, [p2];",
+        "shr.u32 %r6, %t, 5; shl.b32 %r7, %r6, 21; add.s32 %r8, %r4, %r7; and.b32 %r9, %t, 31;",
+    ]
+    # M=64 keeps 16 rows in each quarter of the lanes.
+    if m == 64:
+        lines += ["shl.b32 %r10, %r6, 4; add.s32 %r10, %r10, %r9; setp.lt.u32 %p5, %r9, 16;"]
+    else:
+        lines += ["mov.b32 %r10, %t; setp.lt.u32 %p5, %t, 128;"]
+    lines.append(f"mul.lo.s32 %r11, %r10, {4 * n}; cvt.u64.u32 %d6, %r11; add.s64 %d5, %d5, %d6;")
+    for column in range(0, n, 8):
+        names = ",".join(f"%acc{c}" for c in range(8))
+        lines.append(f"add.s32 %r12, %r8, {column};\ntcgen05.ld.sync.aligned.32x32b.x8.b32 {{{names}}}, [%r12];\n"
+                     "tcgen05.wait::ld.sync.aligned;")  # fmt: skip
+        lines += [f"@%p5 st.global.b32 [%d5+{4 * (column + c)}], %acc{c};" for c in range(8)]
+    lines += ["bar.sync 0;", f"@%p3 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r4, {columns};"]
+    return lines
+
+
+def _wgmma_tile(kind, n, a_mn, b_mn, descriptors, load_descriptor) -> list[str]:
+    depth = 32 // ELEMENT[kind]
+    lines = ["wgmma.fence.sync.aligned;"]
+    registers = ",".join(f"%acc{c}" for c in range(n // 2))
+    majors = f", {int(a_mn)}, {int(b_mn)}" if ELEMENT[kind] == 2 else ""
+    for step, (a, b) in enumerate(descriptors):
+        lines += [load_descriptor("%d3", a), load_descriptor("%d4", b), f"setp.ne.u32 %p4, {step}, 0;",
+                  f"wgmma.mma_async.sync.aligned.m64n{n}k{depth}.f32.{kind}.{kind} {{{registers}}}, %d3, %d4, %p4, 1, 1{majors};"]  # fmt: skip
+    lines += [
+        "wgmma.commit_group.sync.aligned;",
+        "wgmma.wait_group.sync.aligned 0;",
+        "ld.param.b64 %d5, [p2];",
+        "shr.u32 %r6, %t, 5; and.b32 %r9, %t, 31; shr.u32 %r10, %r9, 2; shl.b32 %r11, %r6, 4; add.s32 %r10, %r10, %r11;",
+        f"and.b32 %r12, %t, 3; shl.b32 %r12, %r12, 1; mad.lo.s32 %r12, %r10, {n}, %r12; mul.wide.u32 %d6, %r12, 4;",
+        "add.s64 %d5, %d5, %d6;",
+    ]
+    for c in range(n // 2):
+        at = 4 * (8 * (c // 4) + c % 2 + 8 * n * (c // 2 % 2))
+        lines.append(f"st.global.b32 [%d5+{at}], %acc{c};")
+    return lines
