@@ -125,7 +125,9 @@ def _arguments(
     """The operator's arguments, with every Python type checked; shapes and numbers are checked inside the operator."""
     tensors = Inputs(q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
     for name, tensor in zip(Inputs._fields, tensors):
-        if not isinstance(tensor, Tensor) and not (tensor is None and name not in "qkv"):
+        if tensor is None and name not in "qkv":
+            continue
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, accepted is a torch.Tensor")
     for name, hint in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if hint is not None and (isinstance(hint, bool) or not isinstance(hint, int)):
@@ -200,7 +202,7 @@ def attention(
     Source: Dao et al., "FlashAttention" (2022); Zadouri et al., "FlashAttention-4" (2026) for the skipped rescaling.
     """
     return_lse = _bool("return_lse", return_lse)
-    out, lse = torch.ops.fa4.attention(
+    out, lse = ops.attention(
         *_arguments(
             q, k, v, causal, window, softmax_scale, softcap, sink, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
             max_seqlen_k, seqused_q, seqused_k, page_table, rescale_threshold, deterministic, backend,

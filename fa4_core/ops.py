@@ -47,7 +47,8 @@ _choose: Chooser = _no_chooser
 def set_chooser(choose: Chooser) -> None:
     """Sets the function that turns (kinds, device, requested name) into the backend that runs; `dispatch` owns it."""
     global _choose
-    _choose = functools.lru_cache(maxsize=1024)(choose)
+    _choose = choose
+    _backend_of.cache_clear()
 
 
 def pack_values(softmax_scale: float | None, softcap: float, rescale_threshold: float) -> Tensor | None:
@@ -102,22 +103,32 @@ def _pad_head_dim(tensor: Tensor, multiple: int) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+@functools.lru_cache(maxsize=1024)
+def _with_head_dims(problem: Problem, head_dim: int, head_dim_v: int) -> Problem:
+    return replace(problem, kinds=replace(problem.kinds, head_dim=head_dim, head_dim_v=head_dim_v))
+
+
 def _fitted(problem: Problem, inputs: Inputs, multiple: int) -> tuple[Problem, Inputs]:
     """The problem as the backend's kernels take it: head dims padded to `multiple`, contiguous last dimensions."""
-    fitted = inputs._replace(
-        q=_pad_head_dim(inputs.q, multiple), k=_pad_head_dim(inputs.k, multiple), v=_pad_head_dim(inputs.v, multiple)
-    )
-    head_dim, head_dim_v = fitted.q.shape[-1], fitted.v.shape[-1]
-    if (head_dim, head_dim_v) == (problem.kinds.head_dim, problem.kinds.head_dim_v):
-        return problem, fitted
-    return replace(problem, kinds=replace(problem.kinds, head_dim=head_dim, head_dim_v=head_dim_v)), fitted
+    q, k, v = (_pad_head_dim(t, multiple) for t in inputs[:3])
+    if q is not inputs.q or k is not inputs.k or v is not inputs.v:
+        inputs = inputs._replace(q=q, k=k, v=v)
+    head_dim, head_dim_v = q.shape[-1], v.shape[-1]
+    if (head_dim, head_dim_v) != (problem.kinds.head_dim, problem.kinds.head_dim_v):
+        problem = _with_head_dims(problem, head_dim, head_dim_v)
+    return problem, inputs
+
+
+@functools.lru_cache(maxsize=1024)
+def _backend_of(problem: Problem, name: str) -> Backend:
+    return _choose(problem.kinds, problem.device, name)
 
 
 def _forward(*args):
     inputs = Inputs(*args[:_N_TENSORS])
     *numbers, name = args[_N_TENSORS:]
     problem = problem_of(inputs, *numbers)
-    backend = _choose(problem.kinds, problem.device, name)
+    backend = _backend_of(problem, name)
     fitted, padded = _fitted(problem, inputs, backend.head_dim_multiple)
     out, lse = backend.forward(fitted, padded)
     if fitted is not problem:
@@ -129,7 +140,7 @@ def _backward(dout, dlse, out, lse, *args):
     inputs = Inputs(*args[:_N_TENSORS])
     *numbers, name = args[_N_TENSORS:]
     problem = problem_of(inputs, *numbers)
-    backend = _choose(problem.kinds, problem.device, name)
+    backend = _backend_of(problem, name)
     fitted, padded = _fitted(problem, inputs, backend.head_dim_multiple)
     dout = torch.zeros_like(out) if dout is None else dout
     dout, out = (_pad_head_dim(t, backend.head_dim_multiple) for t in (dout, out))
@@ -171,8 +182,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.fa4.attention(*args)
+        out, lse = _below_autograd(*args)
         ctx.set_materialize_grads(False)
         values_at = _N_TENSORS + 2
         ctx.save_for_backward(out, lse, *args[:_N_TENSORS], args[values_at])
@@ -187,9 +197,8 @@ class _Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * 4 + nothing
         with torch.no_grad():
-            grads = torch.ops.fa4.attention_backward(
-                dout, dlse, out, lse, *tensors, max_seqlen_q, max_seqlen_k, values, *rest
-            )
+            run = _backward if _is_plain(dout, dlse, *tensors) else torch.ops.fa4.attention_backward
+            grads = run(dout, dlse, out, lse, *tensors, max_seqlen_q, max_seqlen_k, values, *rest)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _Once.apply(len(grads), *grads, dout, dlse, *tensors[:4])
         dq, dk, dv, dsink = grads
@@ -215,8 +224,39 @@ class _Once(torch.autograd.Function):
 def _differentiable(*args):
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
         return _Attention.apply(*args)
+    return _below_autograd(*args)
+
+
+def _below_autograd(*args):
+    if _is_plain(*args[:_N_TENSORS]):
+        return _forward(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.fa4.attention(*args)
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd takes part in the call: no tracing, mode, transform, autocast or tensor subclass.
+
+    The dispatcher would then only come back here, at some 10 microseconds a visit.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._is_torch_function_mode_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._is_any_autocast_enabled()
+        and all(t is None or (type(t) in _PLAIN and (t.is_cuda or t.is_cpu)) for t in tensors)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def attention(*args):
+    """`torch.ops.fa4.attention`, called without the dispatcher where only autograd would take part."""
+    if _is_plain(*args[:_N_TENSORS]):
+        return _differentiable(*args)
+    return torch.ops.fa4.attention(*args)
 
 
 def autocast(inputs: Inputs) -> Inputs:

@@ -69,9 +69,9 @@ class Kinds:
         return frozenset(name for name, needed in named.items() if needed)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Problem:
-    """One checked call.
+    """One checked call; calls of one signature share it, and it compares and hashes by identity, so it is a fast key.
 
     `batch` counts sequences. `seqlen_q` and `seqlen_k` are rows of the tensors: a batch element's in the dense layout,
     the total in varlen. Windows are in keys, -1 for unbounded. `softmax_scale` multiplies q k^T; `softcap` is in the
@@ -126,10 +126,6 @@ class _Meta(NamedTuple):
     device: torch.device
 
 
-def _meta(tensor: Tensor | None) -> _Meta | None:
-    return None if tensor is None else _Meta(tensor.shape, tensor.dtype, tensor.device)
-
-
 def make_problem(
     inputs: Inputs,
     *,
@@ -153,7 +149,7 @@ def make_problem(
         ValueError: a shape, device, number or index is out of what is accepted. Messages name the argument.
     """
     problem = _problem_of(
-        tuple(map(_meta, inputs)),
+        tuple([None if t is None else (t.shape, t.dtype, t.device) for t in inputs]),
         max_seqlen_q,
         max_seqlen_k,
         softmax_scale,
@@ -170,7 +166,7 @@ def make_problem(
 
 @functools.lru_cache(maxsize=4096)
 def _problem_of(
-    metas: tuple[_Meta | None, ...],
+    metas: tuple[tuple | None, ...],
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     softmax_scale: float | None,
@@ -180,7 +176,9 @@ def _problem_of(
     rescale_threshold: float,
     deterministic: bool,
 ) -> Problem:
-    q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table = metas
+    q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table = (
+        None if meta is None else _Meta(*meta) for meta in metas
+    )
     assert q is not None
     assert k is not None
     assert v is not None

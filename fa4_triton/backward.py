@@ -12,9 +12,11 @@ import triton.language as tl
 from fa4_triton.steps import (
     LOG2_E,
     Sequences,
+    Statistics,
     Strided,
     Values,
     base_of,
+    block_of,
     find_sequence,
     key_tiles,
     load_rows,
@@ -31,9 +33,9 @@ from fa4_triton.steps import (
 def row_slopes(
     dout: Strided,
     out: Strided,
-    lse: Strided,
-    dlse: Strided,
-    slope: Strided,
+    lse: Statistics,
+    dlse: Statistics,
+    slope: Statistics,
     sink,
     dsink,
     sequences: Sequences,
@@ -42,7 +44,7 @@ def row_slopes(
     TILE_M: tl.constexpr,
 ):
     """Writes slope = rowsum(dO * O) - dLSE, and each tile's share of the sink's gradient into dsink (tiles, heads)."""
-    DV: tl.constexpr = triton.next_power_of_2(DIM_V)
+    DV: tl.constexpr = block_of(DIM_V)
     pid = tl.program_id(0)
     if sequences.cu_q is None:
         tiles = tl.cdiv(sequences.rows_q, TILE_M)
@@ -79,8 +81,8 @@ def attention_backward_kv(
     k: Strided,
     v: Strided,
     dout: Strided,
-    lse: Strided,
-    slope: Strided,
+    lse: Statistics,
+    slope: Statistics,
     dk: Strided,
     dv: Strided,
     sequences: Sequences,
@@ -96,8 +98,8 @@ def attention_backward_kv(
     PRECISION: tl.constexpr,
 ):
     """Writes dK and dV for TILE_N keys of one KV head, summing over its group of query heads in order."""
-    D: tl.constexpr = triton.next_power_of_2(DIM)
-    DV: tl.constexpr = triton.next_power_of_2(DIM_V)
+    D: tl.constexpr = block_of(DIM)
+    DV: tl.constexpr = block_of(DIM_V)
     pid = tl.program_id(0)
     if sequences.cu_k is None:
         tiles = tl.cdiv(sequences.rows_k, TILE_N)
@@ -194,8 +196,8 @@ def attention_backward_q(
     k: Strided,
     v: Strided,
     dout: Strided,
-    lse: Strided,
-    slope: Strided,
+    lse: Statistics,
+    slope: Statistics,
     dq: Strided,
     sequences: Sequences,
     values: Values,
@@ -210,8 +212,8 @@ def attention_backward_q(
     PRECISION: tl.constexpr,
 ):
     """Writes dQ for TILE_M rows of one query head."""
-    D: tl.constexpr = triton.next_power_of_2(DIM)
-    DV: tl.constexpr = triton.next_power_of_2(DIM_V)
+    D: tl.constexpr = block_of(DIM)
+    DV: tl.constexpr = block_of(DIM_V)
     pid = tl.program_id(0)
     if sequences.cu_q is None:
         tiles = tl.cdiv(sequences.rows_q, TILE_M)

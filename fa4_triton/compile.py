@@ -16,6 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fa4_triton.steps import Strided
+
 POINTER_ALIGNMENT = 16
 STRIDE_ALIGNMENT = 8
 """Bytes and elements that an "aligned" kernel may assume; 8 elements are 16 bytes or more in every dtype."""
@@ -24,6 +26,7 @@ _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
     torch.int32: "*i32",
 }
 
@@ -41,16 +44,18 @@ class _Signature:
         self.constants: dict[tuple[int, ...], Any] = {}
         self.attributes: dict[tuple[int, ...], list] = {}
 
-    def type_of(self, path: tuple[int, ...], name: str, value: Any) -> Any:
+    def type_of(self, path: tuple[int, ...], name: str, value: Any, aligned: bool = False) -> Any:
         if isinstance(value, tuple):
             names = getattr(value, "_fields", [""] * len(value))
-            types = [self.type_of((*path, i), n, item) for i, (n, item) in enumerate(zip(names, value))]
+            # `is_aligned` looked at tensors with a head_dim alone: an LSE's strides, an index's pointer are anything.
+            aligned = self.aligned and isinstance(value, Strided)
+            types = [self.type_of((*path, i), n, item, aligned) for i, (n, item) in enumerate(zip(names, value))]
             return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
         if value is None:
             self.constants[path] = None
             return "constexpr"
         if isinstance(value, torch.Tensor):
-            if self.aligned:
+            if aligned:
                 self.attributes[path] = [["tt.divisibility", POINTER_ALIGNMENT]]
             return _POINTERS[value.dtype]
         if isinstance(value, TensorDescriptor):
@@ -59,7 +64,7 @@ class _Signature:
         if isinstance(value, float):
             return "fp32"
         if name.startswith("stride"):
-            if self.aligned:
+            if aligned:
                 self.attributes[path] = [["tt.divisibility", STRIDE_ALIGNMENT]]
             return "i64"
         return "i32"

@@ -14,9 +14,11 @@ from fa4_triton.steps import (
     LN_2,
     LOG2_E,
     Sequences,
+    Statistics,
     Strided,
     Values,
     base_of,
+    block_of,
     find_sequence,
     follow_max,
     key_tiles,
@@ -35,7 +37,7 @@ def attention_forward(
     k: Strided,
     v: Strided,
     out: Strided,
-    lse: Strided,
+    lse: Statistics,
     sink,
     sequences: Sequences,
     values: Values,
@@ -55,8 +57,8 @@ def attention_forward(
 
     counts, None but in tests: (rows as lse's, 2) int32, for each row the tiles visited and the rescales skipped.
     """
-    D: tl.constexpr = triton.next_power_of_2(DIM)
-    DV: tl.constexpr = triton.next_power_of_2(DIM_V)
+    D: tl.constexpr = block_of(DIM)
+    DV: tl.constexpr = block_of(DIM_V)
     pid = tl.program_id(0)
     if sequences.cu_q is None:
         tiles = tl.cdiv(sequences.rows_q, TILE_M)

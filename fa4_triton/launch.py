@@ -18,19 +18,20 @@ from fa4_triton import interpreted
 from fa4_triton.backward import attention_backward_kv, attention_backward_q, row_slopes
 from fa4_triton.compile import compile_kernel, is_aligned
 from fa4_triton.forward import attention_forward
-from fa4_triton.steps import Sequences, Strided, Values
+from fa4_triton.steps import Sequences, Statistics, Strided, Values
 from fa4_triton.tiles import Tile, tile_for
 
 SLOPE_ROWS = 64
+MIN_TMA_FLOPS = 4e9
+"""Below this much work (some 10 microseconds), making TMA descriptors on the host costs more than they save.
+
+Tiles are the same either way, and so are the results, bit for bit."""
 
 
-def _rows(tensor: Tensor | None) -> Strided:
+def _rows(tensor: Tensor) -> Strided:
     """A (B, S, H, D) or (total, H, D) tensor; the batch stride of a packed one is never used."""
-    if tensor is None:
-        return Strided(None, 0, 0, 0, None)
-    if tensor.dim() == 3:
-        return Strided(tensor, 0, tensor.stride(0), tensor.stride(1), None)
-    return Strided(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2), None)
+    *batch, rows, heads, _ = tensor.stride()
+    return Strided(tensor, batch[0] if batch else 0, rows, heads, None)
 
 
 def _described(tensor: Tensor, rows: int, wanted: bool) -> tuple[Strided, TensorDescriptor | None]:
@@ -59,13 +60,13 @@ def _described(tensor: Tensor, rows: int, wanted: bool) -> tuple[Strided, Tensor
     return strided, TensorDescriptor(tensor, shape, [stride, 1], [rows, dim])
 
 
-def _statistics(tensor: Tensor | None) -> Strided:
+def _statistics(tensor: Tensor | None) -> Statistics:
     """A (B, H, S) or (H, total) tensor."""
     if tensor is None:
-        return Strided(None, 0, 0, 0, None)
+        return Statistics(None, 0, 0, 0)
     if tensor.dim() == 2:
-        return Strided(tensor, 0, tensor.stride(1), tensor.stride(0), None)
-    return Strided(tensor, tensor.stride(0), tensor.stride(2), tensor.stride(1), None)
+        return Statistics(tensor, 0, tensor.stride(1), tensor.stride(0))
+    return Statistics(tensor, tensor.stride(0), tensor.stride(2), tensor.stride(1))
 
 
 def _sequences(problem: Problem, inputs: Inputs) -> Sequences:
@@ -153,6 +154,12 @@ def _launch(kernel: Any, plan: _Plan, device: torch.device, grid: int, args: tup
             compiled[(grid, 1, 1)](*args, *values)
 
 
+def _wants_tma(problem: Problem, plan: _Plan) -> bool:
+    kinds = problem.kinds
+    flops = 2 * problem.total_q * problem.seqlen_k * problem.heads_q * (kinds.head_dim + kinds.head_dim_v)
+    return plan.tile.tma and flops >= MIN_TMA_FLOPS
+
+
 def _tiles(rows: int, size: int, varlen: bool, batch: int) -> int:
     """Programs along the rows of one head: of one batch element, or of the whole call in varlen (a bound)."""
     return rows // size + batch + 1 if varlen else triton.cdiv(rows, size)
@@ -175,8 +182,8 @@ def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> t
     plan = _plan("forward", kinds, device)
     q, k, v = inputs.q, inputs.k, inputs.v
     aligned = is_aligned(q) and is_aligned(k) and is_aligned(v)
-    k_rows, k_descriptor = _described(k, plan.tile.n, plan.tile.tma and aligned)
-    v_rows, v_descriptor = _described(v, plan.tile.n, plan.tile.tma and aligned)
+    k_rows, k_descriptor = _described(k, plan.tile.n, aligned and _wants_tma(problem, plan))
+    v_rows, v_descriptor = _described(v, plan.tile.n, aligned and _wants_tma(problem, plan))
     grid = _tiles(problem.seqlen_q, plan.tile.m, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q)
     args = (
         _rows(q), k_rows, v_rows, _rows(out), _statistics(lse), inputs.sink, _sequences(problem, inputs),
@@ -209,8 +216,8 @@ def backward(
 
     statistics = (_statistics(lse), _statistics(slope))
     plan = _plan("backward_kv", kinds, device)
-    q_rows, q_descriptor = _described(q, plan.tile.m, plan.tile.tma and aligned)
-    do_rows, do_descriptor = _described(dout, plan.tile.m, plan.tile.tma and aligned)
+    q_rows, q_descriptor = _described(q, plan.tile.m, aligned and _wants_tma(problem, plan))
+    do_rows, do_descriptor = _described(dout, plan.tile.m, aligned and _wants_tma(problem, plan))
     grid = _tiles(problem.seqlen_k, plan.tile.n, kinds.varlen, problem.batch) * _heads(problem, problem.heads_kv)
     args = (
         q_rows, _rows(k), _rows(v), do_rows, *statistics, _rows(dk), _rows(dv), sequences, values, problem.heads_kv,
@@ -220,8 +227,8 @@ def backward(
     _launch(attention_backward_kv, plan, device, grid, args, layout)
 
     plan = _plan("backward_q", kinds, device)
-    k_rows, k_descriptor = _described(k, plan.tile.n, plan.tile.tma and aligned)
-    v_rows, v_descriptor = _described(v, plan.tile.n, plan.tile.tma and aligned)
+    k_rows, k_descriptor = _described(k, plan.tile.n, aligned and _wants_tma(problem, plan))
+    v_rows, v_descriptor = _described(v, plan.tile.n, aligned and _wants_tma(problem, plan))
     grid = _tiles(problem.seqlen_q, plan.tile.m, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q)
     args = (
         _rows(q), k_rows, v_rows, _rows(dout), *statistics, _rows(dq), sequences, values, problem.heads_q,

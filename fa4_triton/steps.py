@@ -28,6 +28,15 @@ class Strided(NamedTuple):
     descriptor: tl.tensor
 
 
+class Statistics(NamedTuple):
+    """A float32 (batch, heads, rows) tensor, one number a row: pointer (or None) and strides in elements."""
+
+    ptr: tl.tensor
+    stride_b: tl.tensor
+    stride_s: tl.tensor
+    stride_h: tl.tensor
+
+
 class Sequences(NamedTuple):
     """Where sequences lie. cu_* and used_* are int32 pointers or None; rows_*: a tensor's rows (total in varlen)."""
 
@@ -57,6 +66,12 @@ class Span(NamedTuple):
     start: tl.tensor
     room: tl.tensor
     length: tl.tensor
+
+
+@triton.constexpr_function
+def block_of(dim):
+    """Columns of a tile that holds `dim` columns: a power of two, and 16 at least for the tensor cores."""
+    return max(16, triton.next_power_of_2(dim))
 
 
 @triton.jit

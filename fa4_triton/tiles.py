@@ -1,8 +1,8 @@
 """Tile sizes by architecture, element size and head dimension.
 
-Measured on an H100 by benchmarks/tune.py (docs/performance.md); the other rows follow from what the compiler
-reports for them: shared memory within the device's limit, and no or few spilled registers. A tile depends on nothing but the
-architecture and the problem's kinds, so results do not depend on lengths or batch.
+Measured on an H100 by benchmarks/tune.py (docs/performance.md); the other rows follow from what the compiler reports:
+shared memory within the device's limit, and no or few spilled registers. A tile depends on nothing but the architecture
+and the problem's kinds, so results do not depend on lengths or batch.
 """
 
 from __future__ import annotations
