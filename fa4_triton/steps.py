@@ -199,7 +199,7 @@ def key_tiles(values, first_q, last_q, len_q, len_k, TILE_N: tl.constexpr):
         inner_first = tl.maximum(last_q + shift - values.left, 0)
     begin = first_key // TILE_N
     end = tl.maximum((last_key + TILE_N - 1) // TILE_N, begin)
-    inner_begin = tl.minimum((inner_first + TILE_N - 1) // TILE_N, end)
+    inner_begin = tl.maximum(tl.minimum((inner_first + TILE_N - 1) // TILE_N, end), begin)
     inner_end = tl.minimum(tl.maximum(inner_last // TILE_N, inner_begin), end)
     return begin, inner_begin, inner_end, end
 
@@ -220,7 +220,7 @@ def query_tiles(values, first_k, last_k, len_q, len_k, TILE_M: tl.constexpr):
         inner_last = tl.maximum(tl.minimum(len_q, first_k - shift + values.left + 1), 0)
     begin = first_row // TILE_M
     end = tl.maximum((last_row + TILE_M - 1) // TILE_M, begin)
-    inner_begin = tl.minimum((inner_first + TILE_M - 1) // TILE_M, end)
+    inner_begin = tl.maximum(tl.minimum((inner_first + TILE_M - 1) // TILE_M, end), begin)
     inner_end = tl.minimum(tl.maximum(inner_last // TILE_M, inner_begin), end)
     return begin, inner_begin, inner_end, end
 

@@ -47,6 +47,9 @@ ODD_CASES = {
     "sinks of -inf and rows without keys": Case(lengths=((30, 10),), causal=True, sink="off"),
     "sink far above": Case(lengths=((30, 40),), sink="large"),
     "nothing used": Case(lengths=((9, 9), (9, 9)), used=((0, 9), (9, 0))),
+    # Seen: a tile past the used rows began its unmasked range before its range, and read out of bounds.
+    "no key used of two tiles": Case(lengths=((70, 70),), used=((70,), (0,)), causal=True),
+    "no query used of two tiles": Case(lengths=((140, 140),), used=((0,), (140,)), window=(10, None)),
     "rising keys, exact maximum": Case(lengths=((70, 300),), scores="rising", rescale_threshold=0.0),
     "rising keys, lazy maximum": Case(lengths=((70, 300),), scores="rising"),
     "near one-hot rows": Case(lengths=((70, 130),), scores="large", softmax_scale=1.0),
