@@ -36,15 +36,23 @@ def report(path: Path) -> int:
         code = kernel.instructions
         groups = sum(len(n.run.groups) for n in program.nodes if n is not None and n.run is not None)
         print(f"{kernel.name}")
-        print(f"  instructions {len(code)}; runs vectorised into {groups} calls and {_handled(program)} handled instructions")
+        print(
+            f"  instructions {len(code)}; "
+            f"runs vectorised into {groups} calls and {_handled(program)} handled instructions"
+        )
         names = {"pred": "predicates"}
         banks = [f"{names.get(b, f'{b}-bit')} {kernel.register_counts[b]}" for b in BANKS if kernel.register_counts[b]]
         print(f"  virtual registers: {', '.join(banks)}")
         limits = sorted({i.operands[0].value for i in code if i.op.startswith("setmaxnreg")})
-        print(f"  threads {kernel.required_threads or 'any'}, setmaxnreg {limits or 'none'}, "
-              f"maxnreg {kernel.max_registers or 'none'}")  # fmt: skip
-        print(f"  parameters {len(kernel.params)}, {kernel.param_bytes} bytes; static shared {kernel.static_shared} bytes; "
-              f"local {kernel.local_bytes} bytes")  # fmt: skip
+        print(
+            f"  threads {kernel.required_threads or 'any'}, setmaxnreg {limits or 'none'}, "
+            f"maxnreg {kernel.max_registers or 'none'}"
+        )
+        print(
+            f"  parameters {len(kernel.params)}, {kernel.param_bytes} bytes; "
+            f"static shared {kernel.static_shared} bytes; "
+            f"local {kernel.local_bytes} bytes"
+        )
         for family in ("barrier", "memory", "matrix"):
             counts = Counter(i.op for i in code if _family(i.op) == family)
             print(f"  {family}: {sum(counts.values())}")

@@ -1,10 +1,11 @@
 """Launching a CuTe DSL kernel from the artifacts that its compiler keeps: PTX and IR, nothing else.
 
-`CUTE_DSL_KEEP=ptx,ir` leaves both. The IR ends with the host function, whose `cuda.launch_ex` lists the kernel's operands
-with their types in the order of the PTX parameters. A type says how the operand is packed: a memref is a pointer and its
-dynamic leaves, a coordinate tensor its dynamic leaves alone, a TMA atom 128 bytes, a static layout nothing. So values
-are packed here from host arrays, without the DSL's run time. Grid, block, cluster and shared memory come from the
-caller, who owns the scheduler. docs/emulator.md states the licence boundary that this module keeps.
+`CUTE_DSL_KEEP=ptx,ir` leaves both. The IR ends with the host function, whose `cuda.launch_ex` lists the kernel's
+operands with their types in the order of the PTX parameters. A type says how the operand is packed: a memref is a
+pointer and its dynamic leaves, a coordinate tensor its dynamic leaves alone, a TMA atom 128 bytes, a static layout
+nothing. So values are packed here from host arrays, without the DSL's run time. Grid, block, cluster and shared
+memory come from the caller, who owns the scheduler. docs/emulator.md states the licence boundary that this module
+keeps.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from .errors import EmulatorError
 from .launcher import Launch, load_program
 from .machine import Result
+from .program import Program
 from .tensor_map import TensorMap
 
 MAX_DYNAMIC_SHARED = 232448
@@ -31,8 +33,8 @@ class Operand:
     """One operand of the launch that occupies parameter bytes.
 
     kind: "coordinates", "memref", "tma", "divmod", "opaque", "f32", "i32" or "i64". leaves: for memrefs and coordinates
-    the static or dynamic (None) sizes, flattened; strides: likewise with a flag for 64-bit. box, modes, swizzle: of a TMA
-    atom, innermost dimension first; `modes[i]` is the tensor mode of map dimension i.
+    the static or dynamic (None) sizes, flattened; strides: likewise with a flag for 64-bit. box, modes, swizzle: of
+    a TMA atom, innermost dimension first; `modes[i]` is the tensor mode of map dimension i.
     """
 
     kind: str
@@ -55,7 +57,9 @@ def read_operands(ir: str, kernel: str | None = None) -> list[Operand]:
     launches = [line for line in ir.splitlines() if "cuda.launch_ex" in line and (kernel is None or kernel in line)]
     if len(launches) != 1:
         raise EmulatorError(f"{len(launches)} kernel launches in the IR, expected one; name the kernel")
-    match = re.search(r"<%[\w#]+>\s*\((.*?)\)\s*(?:\{.*?\}\s*)?:\s*!cuda\.launch_cfg<[^>]*>,\s*\((.*)\)\s*->", launches[0])
+    match = re.search(
+        r"<%[\w#]+>\s*\((.*?)\)\s*(?:\{.*?\}\s*)?:\s*!cuda\.launch_cfg<[^>]*>,\s*\((.*)\)\s*->", launches[0]
+    )
     if not match:
         raise EmulatorError("the IR's launch could not be read")
     names, types = _split(match[1]), _split(match[2])
@@ -112,8 +116,17 @@ def _operand(name: str, ty: str, ir: str, aliases: dict[str, str]) -> Operand | 
         return Operand("opaque", name, ty)
     if ty.startswith("!cute.ptr"):
         return Operand("memref", name, ty)
-    if ty.startswith(("!cute.composed_layout", "!cute.layout", "!cute.tile", "!cute.shape", "!cute.stride", "!cute.int_tuple",
-                      "!cute.swizzle")):  # fmt: skip
+    if ty.startswith(
+        (
+            "!cute.composed_layout",
+            "!cute.layout",
+            "!cute.tile",
+            "!cute.shape",
+            "!cute.stride",
+            "!cute.int_tuple",
+            "!cute.swizzle",
+        )
+    ):
         if "?" in ty:
             leaves = _leaves(ty)
             return Operand("coordinates", name, ty, tuple(x for x in leaves if isinstance(x, tuple)))
@@ -181,8 +194,20 @@ def _add(setup: Launch, operand: Operand, value) -> None:
         setup.add(float(value) if kind == "f32" else int(value))
 
 
-def launch_cute(ptx: str, ir: str, grid, block, values: Sequence, *, kernel: str | None = None, cluster=(1, 1, 1),
-                dynamic_shared: int = MAX_DYNAMIC_SHARED, seed: int = 0, check: bool = True, **machine) -> Result:  # fmt: skip
+def launch_cute(
+    ptx: str | Program,
+    ir: str,
+    grid,
+    block,
+    values: Sequence,
+    *,
+    kernel: str | None = None,
+    cluster=(1, 1, 1),
+    dynamic_shared: int = MAX_DYNAMIC_SHARED,
+    seed: int = 0,
+    check: bool = True,
+    **machine,
+) -> Result:
     """Runs a kernel of the CuTe DSL from its kept PTX and IR.
 
     values: one for each operand of `read_operands`, in order. Arrays (numpy or CPU torch, viewed in the kernel's mode
@@ -190,10 +215,12 @@ def launch_cute(ptx: str, ir: str, grid, block, values: Sequence, *, kernel: str
     what the kernel does not read (tiled MMAs).
     Raises ValueError if the values do not match the PTX parameters, else as `launcher.launch`.
     """
-    program = load_program(ptx, kernel)
+    program = load_program(ptx, kernel) if isinstance(ptx, str) else ptx
     operands = read_operands(ir, program.kernel.name)
     if len(operands) != len(program.kernel.params):
-        raise ValueError(f"the IR names {len(operands)} packed operands, the PTX has {len(program.kernel.params)} parameters")
+        raise ValueError(
+            f"the IR names {len(operands)} packed operands, the PTX has {len(program.kernel.params)} parameters"
+        )
     if len(values) != len(operands):
         raise ValueError(f"values: {len(values)} for operands {[(o.kind, o.name) for o in operands]}")
     setup = Launch(program)

@@ -30,7 +30,7 @@ def elementwise(instruction: str, types: list[str], output: str, inputs: list[np
     names = {}
     lines, registers = [], []
     widths = [a.itemsize for a in inputs]
-    for at, (ty, width) in enumerate(zip(types, widths)):
+    for at, width in enumerate(widths):
         reg_type = f"b{max(16, 8 * width)}"
         registers.append(f".reg .{reg_type} %in{at};")
         lines += [f"ld.param.b64 %d{at}, [p{at}];", f"mad.wide.u32 %d{at}, %t, {width}, %d{at};",
@@ -65,7 +65,9 @@ ELEMENT = {"bf16": 2, "f16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1}
 
 
 class Operand:
-    """A matrix operand (rows along M or N, depth along K) brought to shared memory by TMA boxes of the swizzle's width."""
+    """A matrix operand (rows along M or N, depth along K) brought to shared memory by TMA boxes of the swizzle's
+    width.
+    """
 
     def __init__(self, name: str, rows: int, depth: int, size: int, span: int, mn_major: bool, start: int) -> None:
         self.name, self.rows, self.depth, self.size = name, rows, depth, size
@@ -80,10 +82,10 @@ class Operand:
     def bytes(self) -> int:
         return self.boxes * self.box_bytes
 
-    def loads(self, map_register: str, barrier: str) -> list[str]:
+    def loads(self, map_register: str, barrier: str, first: int = 0) -> list[str]:
         return [f"mov.b32 %r20, smem; add.s32 %r20, %r20, {self.start + n * self.box_bytes};\n"
                 "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r20], "
-                f"[{map_register}, {{{n * self.box[0]}, 0}}], [{barrier}];" for n in range(self.boxes)]  # fmt: skip
+                f"[{map_register}, {{{first + n * self.box[0]}, 0}}], [{barrier}];" for n in range(self.boxes)]  # fmt: skip
 
     def descriptor(self, step: int, sm90: bool) -> tuple[int, int]:
         """(byte offset from `smem`, upper bits) of the operand's descriptor for K step `step` of 32 bytes."""
@@ -105,7 +107,9 @@ class Operand:
         return self.start + offset, fixed if sm90 else fixed | 1 << 46
 
 
-def tile_product(kind: str, m: int, n: int, k: int, span: int, a_mn: bool, b_mn: bool, *, sm90: bool) -> tuple[str, Operand, Operand, int]:
+def tile_product(
+    kind: str, m: int, n: int, k: int, span: int, a_mn: bool, b_mn: bool, *, sm90: bool
+) -> tuple[str, Operand, Operand, int]:
     """PTX that multiplies one tile: TMA loads, then tcgen05.mma (or wgmma) over K, then a store of D (m x n float32).
 
     Returns (ptx, operand A, operand B, dynamic shared bytes). Parameters: map of A, map of B, D.
@@ -136,8 +140,10 @@ def tile_product(kind: str, m: int, n: int, k: int, span: int, a_mn: bool, b_mn:
 
     def load_descriptor(register: str, place: tuple[int, int]) -> str:
         offset, fixed = place
-        return (f"mov.b32 %r21, smem; add.s32 %r21, %r21, {offset}; shr.u32 %r21, %r21, 4; cvt.u64.u32 {register}, %r21; "
-                f"or.b64 {register}, {register}, {fixed};")  # fmt: skip
+        return (
+            f"mov.b32 %r21, smem; add.s32 %r21, %r21, {offset}; shr.u32 %r21, %r21, 4; cvt.u64.u32 {register}, %r21; "
+            f"or.b64 {register}, {register}, {fixed};"
+        )
 
     lines += (_wgmma_tile(kind, n, a_mn, b_mn, descriptors, load_descriptor) if sm90 else
               _tcgen05_tile(kind, m, n, a_mn, b_mn, descriptors, load_descriptor))  # fmt: skip
@@ -192,13 +198,19 @@ def _wgmma_tile(kind, n, a_mn, b_mn, descriptors, load_descriptor) -> list[str]:
     registers = ",".join(f"%acc{c}" for c in range(n // 2))
     majors = f", {int(a_mn)}, {int(b_mn)}" if ELEMENT[kind] == 2 else ""
     for step, (a, b) in enumerate(descriptors):
-        lines += [load_descriptor("%d3", a), load_descriptor("%d4", b), f"setp.ne.u32 %p4, {step}, 0;",
-                  f"wgmma.mma_async.sync.aligned.m64n{n}k{depth}.f32.{kind}.{kind} {{{registers}}}, %d3, %d4, %p4, 1, 1{majors};"]  # fmt: skip
+        lines += [
+            load_descriptor("%d3", a),
+            load_descriptor("%d4", b),
+            f"setp.ne.u32 %p4, {step}, 0;",
+            f"wgmma.mma_async.sync.aligned.m64n{n}k{depth}.f32.{kind}.{kind} "
+            f"{{{registers}}}, %d3, %d4, %p4, 1, 1{majors};",
+        ]
     lines += [
         "wgmma.commit_group.sync.aligned;",
         "wgmma.wait_group.sync.aligned 0;",
         "ld.param.b64 %d5, [p2];",
-        "shr.u32 %r6, %t, 5; and.b32 %r9, %t, 31; shr.u32 %r10, %r9, 2; shl.b32 %r11, %r6, 4; add.s32 %r10, %r10, %r11;",
+        "shr.u32 %r6, %t, 5; and.b32 %r9, %t, 31; shr.u32 %r10, %r9, 2; "
+        "shl.b32 %r11, %r6, 4; add.s32 %r10, %r10, %r11;",
         f"and.b32 %r12, %t, 3; shl.b32 %r12, %r12, 1; mad.lo.s32 %r12, %r10, {n}, %r12; mul.wide.u32 %d6, %r12, 4;",
         "add.s64 %d5, %d5, %d6;",
     ]
@@ -206,3 +218,65 @@ def _wgmma_tile(kind, n, a_mn, b_mn, descriptors, load_descriptor) -> list[str]:
         at = 4 * (8 * (c // 4) + c % 2 + 8 * n * (c // 2 % 2))
         lines.append(f"st.global.b32 [%d5+{at}], %acc{c};")
     return lines
+
+
+def two_tiles_one_buffer(wait_for_mma: bool) -> tuple[str, Operand, Operand, int]:
+    """D = A B^T over two K tiles that share one buffer: 128x64x(2*64), bf16, tcgen05.
+
+    Without `wait_for_mma` the second TMA load is issued while the first MMAs may still read the buffer, the order of a
+    published example (CUTLASS `1cta_mma_basic`) whose producer waits for its own data only.
+    """
+    a = Operand("a", 128, 64, 2, 128, False, 1024)
+    b = Operand("b", 64, 64, 2, 128, False, 1024 + a.bytes)
+    lines = [
+        "mov.b32 %r1, smem; add.s32 %r2, %r1, 8; add.s32 %r3, %r1, 16;",
+        "setp.eq.u32 %p1, %t, 0; setp.lt.u32 %p3, %t, 32;",
+        "@%p1 mbarrier.init.shared::cta.b64 [%r1], 1; @%p1 mbarrier.init.shared::cta.b64 [%r2], 1;",
+        "fence.proxy.async.shared::cta;",
+        "@%p3 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r3], 64;",
+        "bar.sync 0; ld.shared.b32 %r4, [%r3];",
+        f"mov.b32 %r5, {1 << 4 | 1 << 7 | 1 << 10 | 8 << 17 | 8 << 24}; mov.b64 %d1, p0; mov.b64 %d2, p1;",
+    ]
+    for tile in range(2):
+        lines += [
+            f"@!%p1 bra LOADED{tile};",
+            f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], {a.bytes + b.bytes};",
+            *a.loads("%d1", "%r1", 64 * tile),
+            *b.loads("%d2", "%r1", 64 * tile),
+            f"LOADED{tile}: bar.warp.sync -1;",
+            f"WAIT{tile}: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r1], {tile}; @!%p2 bra WAIT{tile};",
+            f"@!%p1 bra ISSUED{tile};",
+        ]
+        for step in range(4):
+            for register, operand in (("%d3", a), ("%d4", b)):
+                offset, fixed = operand.descriptor(step, False)
+                lines.append(
+                    f"mov.b32 %r21, smem; add.s32 %r21, %r21, {offset}; shr.u32 %r21, %r21, 4; "
+                    f"cvt.u64.u32 {register}, %r21; or.b64 {register}, {register}, {fixed};"
+                )
+            lines.append(
+                f"setp.ne.u32 %p4, {4 * tile + step}, 0; tcgen05.mma.cta_group::1.kind::f16 [%r4], %d3, %d4, %r5, %p4;"
+            )
+        if wait_for_mma or tile == 1:
+            lines.append("tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r2];")
+        lines.append(f"ISSUED{tile}: bar.warp.sync -1;")
+        if wait_for_mma or tile == 1:
+            parity = tile if wait_for_mma else 0
+            lines.append(
+                f"DONE{tile}: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], {parity}; @!%p2 bra DONE{tile};"
+            )
+            # Or a late warp would find the next phase of the same parity.
+            lines.append("bar.sync 0;")
+    lines += [
+        "ld.param.b64 %d5, [p2]; mad.wide.u32 %d5, %t, 256, %d5; and.b32 %r6, %t, 96; shl.b32 %r6, %r6, 16;",
+        "add.s32 %r8, %r4, %r6;",
+    ]
+    for column in range(0, 64, 8):
+        names = ",".join(f"%r{30 + c}" for c in range(8))
+        lines.append(f"add.s32 %r9, %r8, {column}; tcgen05.ld.sync.aligned.32x32b.x8.b32 {{{names}}}, [%r9];")
+        lines.append("tcgen05.wait::ld.sync.aligned;")
+        lines += [f"st.global.b32 [%d5+{4 * (column + c)}], %r{30 + c};" for c in range(8)]
+    lines += ["bar.sync 0; @%p3 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r4, 64;"]
+    params = ".param .align 64 .b8 p0[128],\n.param .align 64 .b8 p1[128],\n.param .u64 p2"
+    text = kernel(0, "\n".join(lines), "", 128).replace(".entry k(\n\n)", f".entry k(\n{params}\n)")
+    return text, a, b, b.start + b.bytes

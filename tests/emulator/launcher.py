@@ -53,7 +53,9 @@ class Launch:
 
     def _next(self):
         if len(self._values) >= len(self.program.kernel.params):
-            raise ValueError(f"more arguments than the {len(self.program.kernel.params)} parameters of {self.program.kernel.name}")
+            raise ValueError(
+                f"more arguments than the {len(self.program.kernel.params)} parameters of {self.program.kernel.name}"
+            )
         return self.program.kernel.params[len(self._values)]
 
     def add_bytes(self, raw: bytes) -> None:
@@ -100,8 +102,17 @@ class Launch:
         schedule = machine.pop("schedule", None) or Schedule.from_seed(seed)
         if on_launch is not None:
             on_launch(Recording.of(self, _three(grid), _three(block), seed, machine))
-        result = Machine(self.program, self.global_memory, self.packed(), _three(grid), _three(block), schedule=schedule,
-                         tensor_maps=self.tensor_maps, check_races=races, **machine).run()  # fmt: skip
+        result = Machine(
+            self.program,
+            self.global_memory,
+            self.packed(),
+            _three(grid),
+            _three(block),
+            schedule=schedule,
+            tensor_maps=self.tensor_maps,
+            check_races=races,
+            **machine,
+        ).run()
         if check and result.races:
             raise RaceError(f"seed {seed}: {len(result.races)} reports\n  " + "\n  ".join(result.races[:20]))
         return result
@@ -146,8 +157,18 @@ def _three(shape: Sequence[int] | int) -> tuple[int, int, int]:
     return shape + (1,) * (3 - len(shape))  # type: ignore[return-value]
 
 
-def launch(ptx: str | Program, grid, block, args: Sequence, *, kernel: str | None = None, memory: Sequence = (), seed: int = 0,
-           check: bool = True, **machine) -> Result:  # fmt: skip
+def launch(
+    ptx: str | Program,
+    grid,
+    block,
+    args: Sequence,
+    *,
+    kernel: str | None = None,
+    memory: Sequence = (),
+    seed: int = 0,
+    check: bool = True,
+    **machine,
+) -> Result:
     """Runs a kernel given as PTX text.
 
     args: one value for each PTX parameter, see `Launch.add`. memory: further arrays that the kernel may touch.
@@ -164,8 +185,18 @@ def launch(ptx: str | Program, grid, block, args: Sequence, *, kernel: str | Non
 
 # Triton ------------------------------------------------------------------------------------------------------------
 
-_TRITON_ELEMENT = {"fp16": "f16", "bf16": "bf16", "fp32": "f32", "fp8e4nv": "u8", "fp8e5": "u8", "i32": "s32", "i8": "u8",
-                   "fp64": "f64", "i64": "s64", "u8": "u8"}  # fmt: skip
+_TRITON_ELEMENT = {
+    "fp16": "f16",
+    "bf16": "bf16",
+    "fp32": "f32",
+    "fp8e4nv": "u8",
+    "fp8e5": "u8",
+    "i32": "s32",
+    "i8": "u8",
+    "fp64": "f64",
+    "i64": "s64",
+    "u8": "u8",
+}
 
 
 TRITON_TOLERATES = ("missing mbarrier init fence", "uninitialised read")
@@ -174,14 +205,16 @@ initialisation of some mbarriers only, and its pipeliner reads buffers of loop i
 values. What is read then is NaN here, so a value that is not dropped shows."""
 
 
-def launch_triton(compiled, grid, args, *, seed: int = 0, check: bool = True, memory: Sequence = (), **machine) -> Result:
+def launch_triton(compiled, grid, args, *, seed: int = 0, check: bool = True, memory: Sequence = (),
+                  program: Program | None = None, **machine) -> Result:  # fmt: skip
     """Runs what `triton.compile(ASTSource(...), target=GPUTarget("cuda", cc, 32))` returned.
 
-    args: the kernel's arguments without its constexprs, as a mapping by name or a sequence in signature order; arrays for
-    pointers, numbers, (nested) tuples for tuple parameters, and for a `tensordesc` any object with `base`, `shape`,
-    `strides` (such as `triton.tools.tensor_descriptor.TensorDescriptor`).
+    args: the kernel's arguments without its constexprs, as a mapping by name or a sequence in signature order;
+    arrays for pointers, numbers, (nested) tuples for tuple parameters, and for a `tensordesc` any object with
+    `base`, `shape`, `strides` (such as `triton.tools.tensor_descriptor.TensorDescriptor`). program: runs in place
+    of the compiled text.
     """
-    program = load_program(compiled.asm["ptx"])
+    program = program or load_program(compiled.asm["ptx"])
     setup = Launch(program)
     metadata = compiled.metadata
     descriptors = iter(getattr(metadata, "tensordesc_meta", None) or ())
@@ -228,7 +261,8 @@ def _add_triton(setup: Launch, ty, value, descriptors, has_maps: bool) -> None:
 
 
 def _add_descriptor(setup: Launch, ty: str, value, meta) -> None:
-    """A host-side tensor descriptor: a tensor map where the compiler asked for one, else pointer, shape, strides, padding
+    """A host-side tensor descriptor: a tensor map where the compiler asked for one, else pointer, shape, strides,
+    padding
     and rounding flags; either way followed by shape and strides for the kernel's own use."""
     shape, strides = list(value.shape), list(value.strides)
     nan_fill = getattr(value, "padding", "zero") == "nan"
@@ -242,7 +276,16 @@ def _add_descriptor(setup: Launch, ty: str, value, meta) -> None:
         element = _TRITON_ELEMENT[re.match(r"tensordesc<([^\[>]*)", ty).group(1)]  # type: ignore[union-attr]
         size = meta["elem_size"]
         address = setup.memory(value.base, "descriptor base")
-        setup.add(TensorMap(address, tuple(int(s) for s in shape[::-1]), tuple(int(s) * size for s in strides[-2::-1]),
-                            tuple(meta["block_size"][::-1]), SWIZZLE_SPAN[meta["swizzle"]], element, nan_fill))  # fmt: skip
+        setup.add(
+            TensorMap(
+                address,
+                tuple(int(s) for s in shape[::-1]),
+                tuple(int(s) * size for s in strides[-2::-1]),
+                tuple(meta["block_size"][::-1]),
+                SWIZZLE_SPAN[meta["swizzle"]],
+                element,
+                nan_fill,
+            )
+        )
     for number in (*shape, *strides):
         setup.add(int(number))

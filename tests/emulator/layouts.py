@@ -6,7 +6,7 @@ Every function maps a logical index to a place and touches no state, so each has
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -101,7 +101,7 @@ class InstructionDescriptor:
 # Register fragments (PTX ISA 9.7.14.5, 9.7.15.5) -------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def fragment_a(k: int, element_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """A of mma.sync m16nNkK and of wgmma (one warp's 16 rows): (row, column) of each (register, lane, element).
 
@@ -115,7 +115,7 @@ def fragment_a(k: int, element_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     return row, column
 
 
-@lru_cache(maxsize=None)
+@cache
 def fragment_b(k: int, element_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """B of mma.sync m16n8kK: (k index, n index) of each (register, lane, element)."""
     per = 4 // element_bytes
@@ -124,9 +124,11 @@ def fragment_b(k: int, element_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     return lane % 4 * per + e + 4 * per * reg, lane // 4
 
 
-@lru_cache(maxsize=None)
+@cache
 def fragment_c(n: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """C and D in float32 of m16nN (N = 8 for mma.sync, up to 256 a warp of wgmma): (row, column) of (register, lane)."""
+    """C and D in float32 of m16nN (N = 8 for mma.sync, up to 256 a warp of wgmma): (row, column) of (register,
+    lane).
+    """
     reg, lane = np.meshgrid(np.arange(n // 2), LANES, indexing="ij")
     return lane // 4 + 8 * (reg // 2 % 2), 8 * (reg // 4) + lane % 4 * 2 + reg % 2
 
@@ -152,7 +154,7 @@ def tmem_cells(shape: str, registers: int, lane: int, column: int, split: int = 
 
 def accumulator_lanes(m: int, cta_pair: bool, first_lane: int) -> np.ndarray:
     """TMEM lanes that hold the rows of D in one CTA (PTX ISA 9.7.16.10.5, Data path layouts)."""
-    if m == 128 and not cta_pair or m == 256:
+    if (m == 128 and not cta_pair) or m == 256:
         return np.arange(128)
     if m == 128:  # two CTAs of 64 rows: columns below N/2 in lanes 0-63, the others in lanes 64-127
         return np.arange(64)

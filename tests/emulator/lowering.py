@@ -10,7 +10,8 @@ ufuncs. A template that is the bare name of a ufunc is called with `out=`, which
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from .errors import Unsupported
 from .ptx import FloatImm, Imm, Instruction, Pair, Param, Reg, Sink, Symbol, Vec

@@ -6,16 +6,16 @@ the group into ranges, one that lanes of a warp decide differently splits that w
 meet at one instruction join again. `Schedule.together` turns joining across warps off, so that every warp runs on its
 own, which other seeds use to reach more interleavings.
 
-Asynchronous work (bulk copies, MMAs, cp.async) is queued as closures. A scheduler draws, from the seed, whether warps or
-agents move next. Every drawn order is one that hardware may show.
+Asynchronous work (bulk copies, MMAs, cp.async) is queued as closures. A scheduler draws, from the seed, whether
+warps or agents move next. Every drawn order is one that hardware may show.
 """
 
 from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 import numpy as np
 
@@ -135,8 +135,8 @@ class CopyGroups:
 class Frame:
     """Columns `32*lo .. 32*hi` of a CTA's register banks: the registers of a contiguous range of warps.
 
-    Attributes `W, WI, WF` (32 bit), `D, DI, DF, DX` (64 bit), `H, HI, HF` (16 bit), `P` (predicates) are the banks seen as
-    unsigned, signed, float; `DX` interleaves the two float32 halves of each lane.
+    Attributes `W, WI, WF` (32 bit), `D, DI, DF, DX` (64 bit), `H, HI, HF` (16 bit), `P` (predicates) are the banks
+    seen as unsigned, signed, float; `DX` interleaves the two float32 halves of each lane.
     """
 
     def __init__(self, cta: Cta, lo: int, hi: int) -> None:
@@ -214,7 +214,9 @@ class Frame:
         """The value of an operand that must agree in all active lanes."""
         if isinstance(operand, Imm):
             return operand.value
-        values = self.read(operand, np.uint64 if not isinstance(operand, (Reg, NotReg)) or operand.bank == 64 else np.uint32)
+        values = self.read(
+            operand, np.uint64 if not isinstance(operand, (Reg, NotReg)) or operand.bank == 64 else np.uint32
+        )
         if mask is not None:
             values = values[mask]
         first = values[0]
@@ -254,7 +256,7 @@ class Frame:
 class Group:
     """Warps `lo..hi` of a CTA at one instruction; with a `mask` only for a single, diverged warp."""
 
-    __slots__ = ("cta", "lo", "hi", "mask", "pc", "blocked", "converging")
+    __slots__ = ("blocked", "converging", "cta", "hi", "lo", "mask", "pc")
 
     def __init__(self, cta: Cta, lo: int, hi: int, pc: int, mask=None) -> None:
         self.cta, self.lo, self.hi, self.pc, self.mask = cta, lo, hi, pc, mask
@@ -287,13 +289,17 @@ class TensorMemory:
 
     def release(self, start: int, columns: int, line: int) -> None:
         if self.allocations.get(start) != columns:
-            raise TensorMemoryError(f"line {line}: dealloc of {columns} columns at {start}; allocated: {self.allocations}")
+            raise TensorMemoryError(
+                f"line {line}: dealloc of {columns} columns at {start}; allocated: {self.allocations}"
+            )
         del self.allocations[start]
         self.free[start : start + columns] = True
 
     def check(self, first: int, last: int, line: int, what: str) -> None:
         if first < 0 or last >= self.COLUMNS or self.free[first : last + 1].any():
-            raise TensorMemoryError(f"line {line}: {what} touches columns {first}..{last}; allocated: {self.allocations}")
+            raise TensorMemoryError(
+                f"line {line}: {what} touches columns {first}..{last}; allocated: {self.allocations}"
+            )
 
 
 class Cta:
@@ -355,9 +361,15 @@ class Cta:
     def _special(self, name: str) -> np.ndarray:
         machine, thread = self.machine, np.arange(len(self.alive))
         lane = thread % 32
-        per_lane = {"%laneid": lane, "%warpid": thread // 32, "%lanemask_eq": 1 << lane, "%lanemask_lt": (1 << lane) - 1,
-                    "%lanemask_le": (2 << lane) - 1, "%lanemask_gt": 0xFFFFFFFF & ~((2 << lane) - 1),
-                    "%lanemask_ge": 0xFFFFFFFF & ~((1 << lane) - 1)}  # fmt: skip
+        per_lane = {
+            "%laneid": lane,
+            "%warpid": thread // 32,
+            "%lanemask_eq": 1 << lane,
+            "%lanemask_lt": (1 << lane) - 1,
+            "%lanemask_le": (2 << lane) - 1,
+            "%lanemask_gt": 0xFFFFFFFF & ~((2 << lane) - 1),
+            "%lanemask_ge": 0xFFFFFFFF & ~((1 << lane) - 1),
+        }
         if name in per_lane:
             return per_lane[name].astype(np.uint32)
         base, _, axis = name.partition(".")
@@ -367,12 +379,22 @@ class Cta:
             return (thread % bx, thread // bx % by, thread // (bx * by))[a].astype(np.uint32)
         grid, cluster = machine.grid, machine.cluster_shape
         uniform = {
-            "%ntid": machine.block[a], "%ctaid": self.ctaid[a], "%nctaid": grid[a], "%cluster_ctaid": self.ctaid[a] % cluster[a],
-            "%cluster_nctaid": cluster[a], "%clusterid": self.ctaid[a] // cluster[a], "%nclusterid": grid[a] // cluster[a],
-            "%cluster_ctarank": self.rank, "%cluster_nctarank": len(self.cluster.shape_ranks), "%smid": self.cluster.index,
-            "%nsmid": 148, "%nwarpid": machine.warps_per_cta, "%is_explicit_cluster": int(len(self.cluster.shape_ranks) > 1),
-            "%dynamic_smem_size": machine.dynamic_shared, "%total_smem_size": machine.shared_bytes,
-        }  # fmt: skip
+            "%ntid": machine.block[a],
+            "%ctaid": self.ctaid[a],
+            "%nctaid": grid[a],
+            "%cluster_ctaid": self.ctaid[a] % cluster[a],
+            "%cluster_nctaid": cluster[a],
+            "%clusterid": self.ctaid[a] // cluster[a],
+            "%nclusterid": grid[a] // cluster[a],
+            "%cluster_ctarank": self.rank,
+            "%cluster_nctarank": len(self.cluster.shape_ranks),
+            "%smid": self.cluster.index,
+            "%nsmid": 148,
+            "%nwarpid": machine.warps_per_cta,
+            "%is_explicit_cluster": int(len(self.cluster.shape_ranks) > 1),
+            "%dynamic_smem_size": machine.dynamic_shared,
+            "%total_smem_size": machine.shared_bytes,
+        }
         if base not in uniform:
             raise Unsupported(f"special register {name}")
         return np.full(len(thread), uniform[base], np.uint32)
@@ -431,9 +453,9 @@ class Cta:
                 continue
             if (other.blocked is None) != (group.blocked is None) and not (other.converging or group.converging):
                 continue
-            if other.blocked and group.blocked and not (other.converging or group.converging):
-                if other.blocked.key is None or other.blocked.key != group.blocked.key:
-                    continue
+            both_wait = other.blocked and group.blocked and not (other.converging or group.converging)
+            if both_wait and (other.blocked.key is None or other.blocked.key != group.blocked.key):
+                continue
             if group.mask is not None and other.mask is not None and group.lo == other.lo:
                 group.mask = group.mask | other.mask
                 if group.mask.all():
@@ -560,7 +582,9 @@ class Machine:
                  128: np.zeros((rows[128], lanes, 2), np.uint64)}  # fmt: skip
         return banks
 
-    def global_access(self, frame, mask, addresses, size, instruction, write: bool, atomic: bool = False, sizes=None) -> None:
+    def global_access(
+        self, frame, mask, addresses, size, instruction, write: bool, atomic: bool = False, sizes=None
+    ) -> None:
         pass
 
     def global_tensor_access(self, cta, tmap, coordinates, line: int, write: bool, atomic: bool = False) -> None:
@@ -586,7 +610,9 @@ class Machine:
                     started += 1
                 self.dirty = True
                 self._run_until_a_cluster_ends()
-        return Result(self.races.reports, self.notes, self.executed, self.program, self.steps, self.async_steps, self.counts)
+        return Result(
+            self.races.reports, self.notes, self.executed, self.program, self.steps, self.async_steps, self.counts
+        )
 
     def _run_until_a_cluster_ends(self) -> None:
         rng, schedule = self.rng, self.schedule

@@ -100,7 +100,9 @@ class GlobalMemory:
         """The allocation that holds all of [address, address + size). Raises `OutOfBounds`."""
         allocation = self.lookup(address)
         if allocation is None or address + size > allocation.end:
-            near = min(self._allocations, key=lambda a: min(abs(address - a.address), abs(address - a.end)), default=None)
+            near = min(
+                self._allocations, key=lambda a: min(abs(address - a.address), abs(address - a.end)), default=None
+            )
             raise OutOfBounds(
                 f"line {line}: global {what} of {size} bytes at 0x{address:x} is outside every registered array; "
                 f"nearest: {near}"

@@ -25,8 +25,9 @@ class Emulator:
     """What the fixture hands out: the ways to launch. Each takes `seed`, which picks the schedule, and raises an
     `EmulatorError` on races, deadlocks, out-of-bounds accesses and the like.
 
-    run: any PTX text (`launcher.launch`). triton: a result of `triton.compile` (`launcher.launch_triton`). cute: kept PTX and
-    IR of the CuTe DSL (`cute_launch.launch_cute`). triton_backend: the project's Triton backend on CPU tensors.
+    run: any PTX text (`launcher.launch`). triton: a result of `triton.compile` (`launcher.launch_triton`). cute:
+    kept PTX and IR of the CuTe DSL (`cute_launch.launch_cute`). triton_backend: the project's Triton backend on CPU
+    tensors.
     """
 
     run = staticmethod(_launch.launch)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 from .errors import PtxSyntaxError
 
@@ -36,7 +36,7 @@ SHARED_BASE = 0x400
 class Reg(NamedTuple):
     """A register: `row` of the bank of its width."""
 
-    bank: Union[str, int]
+    bank: str | int
     row: int
 
 
@@ -114,7 +114,7 @@ class Sink(NamedTuple):
     """`_`, a destination that is dropped."""
 
 
-Operand = Union[Reg, NotReg, Imm, FloatImm, SpecialReg, Symbol, Param, Sum, Vec, Mem, Pair, Label, Sink]
+Operand = Reg | NotReg | Imm | FloatImm | SpecialReg | Symbol | Param | Sum | Vec | Mem | Pair | Label | Sink
 
 
 @dataclass(eq=False)

@@ -132,7 +132,7 @@ class _Emitter:
         typed = [_literal_bits(v, dtype) for v in values]
         if dtype == "x2":
             column = np.array(typed, np.uint64).view(np.float32).reshape(len(typed), 1, 2)
-            if len({v for v in typed}) == 1:
+            if len(set(typed)) == 1:
                 return f"F.pair({self.constant(column[0, 0])})"
             return f"F.pairs({self.constant(column)})"
         array = np.array(typed, np.bool_ if dtype == "b1" else f"u{_width(dtype) // 8}")

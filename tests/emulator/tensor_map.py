@@ -21,8 +21,9 @@ _MAGIC = b"emulated tensor map"
 class TensorMap:
     """A tiled tensor map. Dimension 0 is the innermost, as in PTX coordinates.
 
-    address: host address of element 0. dims: sizes in elements. strides: bytes from one index to the next, of dimensions
-    1 and up. box: tile in elements. swizzle: span in bytes, 0, 32, 64 or 128. element: a key of `ELEMENT_BYTES`.
+    address: host address of element 0. dims: sizes in elements. strides: bytes from one index to the next, of
+    dimensions 1 and up. box: tile in elements. swizzle: span in bytes, 0, 32, 64 or 128. element: a key of
+    `ELEMENT_BYTES`.
     """
 
     address: int
@@ -42,7 +43,9 @@ class TensorMap:
         if not all(1 <= b <= 256 for b in self.box) or self.box[0] * size % 16:
             raise ValueError(f"tensor map: box {self.box} of {self.element}")
         if self.swizzle and self.box[0] * size > self.swizzle:
-            raise ValueError(f"tensor map: inner box of {self.box[0] * size} bytes exceeds the swizzle of {self.swizzle}")
+            raise ValueError(
+                f"tensor map: inner box of {self.box[0] * size} bytes exceeds the swizzle of {self.swizzle}"
+            )
 
     @property
     def element_bytes(self) -> int:
@@ -60,12 +63,12 @@ class TensorMap:
         """
         low = [max(0, -c) for c in coordinates]
         high = [min(b, d - c) for b, d, c in zip(self.box, self.dims, coordinates)]
-        if any(h <= l for l, h in zip(low, high)):
+        if any(h <= n for n, h in zip(low, high)):
             return None
         strides = (self.element_bytes, *self.strides)
-        first = self.address + sum((c + l) * s for c, l, s in zip(coordinates, low, strides))
-        shape = tuple(h - l for l, h in zip(low, high))[::-1]
-        return tuple(slice(l, h) for l, h in zip(low, high))[::-1], first, shape, strides[::-1]
+        first = self.address + sum((c + n) * s for c, n, s in zip(coordinates, low, strides))
+        shape = tuple(h - n for n, h in zip(low, high))[::-1]
+        return tuple(slice(n, h) for n, h in zip(low, high))[::-1], first, shape, strides[::-1]
 
 
 def encode(index: int) -> bytes:

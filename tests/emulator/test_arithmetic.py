@@ -37,7 +37,6 @@ def same_floats(got, want):
     np.testing.assert_array_equal(got.view(want.dtype), want)
 
 
-
 a, b, c = floats(), np.roll(floats(), 5), np.roll(floats(), 11)
 i, j, k = ints(np.int32), np.roll(ints(np.int32), 7), np.roll(ints(np.int32), 3)
 u, w = i.view(np.uint32), j.view(np.uint32)
@@ -75,7 +74,9 @@ def test_special_functions_are_within_the_error_that_ptx_allows(instruction):
     function = {"ex2": np.exp2, "lg2": np.log2, "tanh": np.tanh}[instruction[:3].replace("tan", "tanh")]
     finite = np.abs(a[np.isfinite(a)])
     got = run(f"{instruction} {{d}}, {{0}};", ["f32"], "f32", finite).view(F4)
-    want = function(np.where(finite < 1.2e-38, 0, finite).astype(np.float64) if "ftz" in instruction else finite.astype(np.float64))
+    want = function(
+        np.where(finite < 1.2e-38, 0, finite).astype(np.float64) if "ftz" in instruction else finite.astype(np.float64)
+    )
     big = want > 3.4e38
     assert np.isinf(got[big]).all()
     np.testing.assert_allclose(got[~big], want[~big], rtol=3e-7, atol=1e-38)
@@ -98,8 +99,16 @@ def test_add_rounding_down_never_exceeds_the_exact_sum():
         ("mul.lo.s32 {d}, {0}, {1};", i * j),
         ("mul.hi.s32 {d}, {0}, {1};", ((i.astype(np.int64) * j) >> 32).astype(np.int32)),
         ("mad.lo.s32 {d}, {0}, {1}, {2};", i * j + k),
-        ("div.s32 {d}, {0}, {1};", np.where(j == 0, -1, np.trunc(i / np.where(j == 0, 1, j).astype(np.float64))).astype(np.int64).astype(np.int32)),
-        ("rem.s32 {d}, {0}, {1};", np.where(j == 0, i, np.fmod(i.astype(np.int64), np.where(j == 0, 1, j))).astype(np.int32)),
+        (
+            "div.s32 {d}, {0}, {1};",
+            np.where(j == 0, -1, np.trunc(i / np.where(j == 0, 1, j).astype(np.float64)))
+            .astype(np.int64)
+            .astype(np.int32),
+        ),
+        (
+            "rem.s32 {d}, {0}, {1};",
+            np.where(j == 0, i, np.fmod(i.astype(np.int64), np.where(j == 0, 1, j))).astype(np.int32),
+        ),
         ("max.s32 {d}, {0}, {1};", np.maximum(i, j)),
         ("min.relu.s32 {d}, {0}, {1};", np.maximum(np.minimum(i, j), 0)),
         ("and.b32 {d}, {0}, {1};", i & j),
@@ -112,7 +121,7 @@ def test_add_rounding_down_never_exceeds_the_exact_sum():
         ("shl.b32 {d}, {0}, {1};", np.where(w < 32, i << np.minimum(w, 31).astype(np.int32), 0)),
         ("shr.s32 {d}, {0}, {1};", i >> np.minimum(w, 31).astype(np.int32)),
     ],
-)  # fmt: skip
+)
 def test_int32_arithmetic_wraps_and_shifts_clamp(instruction, want):
     """PTX ISA 9.7.1 and 9.7.8; a zero divisor gives all ones."""
     got = run(instruction, ["s32"] * 3, "s32", *(i, j, k)[: instruction.count("{") - 1])
@@ -139,11 +148,16 @@ def test_uint32_arithmetic(instruction, want):
         ("add.s64 {d}, {0}, {1};", x + y),
         ("mul.lo.s64 {d}, {0}, {1};", x * y),
         ("mul.hi.s64 {d}, {0}, {1};", np.array([(int(p) * int(q)) >> 64 for p, q in zip(x, y)], np.int64)),
-        ("mul.hi.u64 {d}, {0}, {1};", np.array([(int(p) * int(q)) >> 64 for p, q in zip(x.view(np.uint64), y.view(np.uint64))], np.uint64).view(np.int64)),
+        (
+            "mul.hi.u64 {d}, {0}, {1};",
+            np.array([(int(p) * int(q)) >> 64 for p, q in zip(x.view(np.uint64), y.view(np.uint64))], np.uint64).view(
+                np.int64
+            ),
+        ),
         ("shr.u64 {d}, {0}, 33;", (x.view(np.uint64) >> np.uint64(33)).view(np.int64)),
         ("or.b64 {d}, {0}, {1};", x | y),
     ],
-)  # fmt: skip
+)
 def test_int64_arithmetic(instruction, want):
     got = run(instruction, ["s64"] * 2, "s64", *(x, y)[: instruction.count("{") - 1])
     np.testing.assert_array_equal(got.view(np.int64), want)
@@ -159,7 +173,10 @@ def test_wide_products_keep_every_bit():
 
 def _bit_field(value, position, length, signed):
     position, length = position & 255, length & 255
-    bits = [(value >> (position + n)) & 1 if position + n < 32 else (value >> 31 if signed else 0) & 1 for n in range(min(length, 32))]
+    bits = [
+        (value >> (position + n)) & 1 if position + n < 32 else (value >> 31 if signed else 0) & 1
+        for n in range(min(length, 32))
+    ]
     if signed:
         fill = (value >> min(position + length - 1, 31)) & 1 if length else 0
         bits += [fill] * (32 - len(bits))
@@ -265,7 +282,12 @@ def test_fp8_conversion_matches_torch_and_saturates(kind):
 
     dtype = torch.float8_e4m3fn if kind == "e4m3" else torch.float8_e5m2
     largest = 448.0 if kind == "e4m3" else 57344.0
-    values = np.concatenate((RNG.standard_normal(48).astype(F4) * F4(3), np.array([0, 1e-9, 2**-9, 2**-10, 1e6, -1e6, 464.0, 61440.0] * 2, F4)))
+    values = np.concatenate(
+        (
+            RNG.standard_normal(48).astype(F4) * F4(3),
+            np.array([0, 1e-9, 2**-9, 2**-10, 1e6, -1e6, 464.0, 61440.0] * 2, F4),
+        )
+    )
     got = run(f"cvt.rn.satfinite.{kind}x2.f32 {{d}}, {{0}}, {{1}};", ["f32", "f32"], "b16", values, values)
     want = torch.tensor(values).clamp(-largest, largest).to(dtype).view(torch.uint8).numpy()
     np.testing.assert_array_equal(got & 0xFF, want)
@@ -276,7 +298,15 @@ def test_fp8_conversion_matches_torch_and_saturates(kind):
 @pytest.mark.parametrize(
     ("instruction", "types", "output", "value", "want"),
     [
-        ("cvt.rzi.s32.f32", ["f32"], "s32", a, np.where(np.isnan(a), 0, np.clip(np.trunc(a.astype(np.float64)), -(2**31), 2**31 - 1)).astype(np.int64).astype(np.int32)),
+        (
+            "cvt.rzi.s32.f32",
+            ["f32"],
+            "s32",
+            a,
+            np.where(np.isnan(a), 0, np.clip(np.trunc(a.astype(np.float64)), -(2**31), 2**31 - 1))
+            .astype(np.int64)
+            .astype(np.int32),
+        ),
         ("cvt.rmi.f32.f32", ["f32"], "f32", a, np.floor(a)),
         ("cvt.rn.f32.s32", ["s32"], "f32", i, i.astype(F4)),
         ("cvt.rn.f32.u32", ["u32"], "f32", u, u.astype(F4)),
@@ -288,7 +318,7 @@ def test_fp8_conversion_matches_torch_and_saturates(kind):
         ("cvt.u16.u32", ["u32"], "u16", u, u.astype(np.uint16)),
         ("cvt.s32.s8", ["b32"], "s32", u, u.astype(np.uint8).view(np.int8).astype(np.int32)),
     ],
-)  # fmt: skip
+)
 def test_conversions(instruction, types, output, value, want):
     """PTX ISA 9.7.9.21: saturation, NaN to 0, sign and zero extension."""
     got = run(f"{instruction} {{d}}, {{0}};", types, output, value)
@@ -330,7 +360,12 @@ def test_selection_and_vector_moves():
 
 
 def test_predicated_code_writes_only_chosen_lanes():
-    got = run("setp.lt.s32 %p2, {0}, 0; mov.b32 {d}, 1; @%p2 add.s32 {d}, {d}, 4; @!%p2 mul.lo.s32 {d}, {d}, 3;", ["s32"], "s32", i)
+    got = run(
+        "setp.lt.s32 %p2, {0}, 0; mov.b32 {d}, 1; @%p2 add.s32 {d}, {d}, 4; @!%p2 mul.lo.s32 {d}, {d}, 3;",
+        ["s32"],
+        "s32",
+        i,
+    )
     np.testing.assert_array_equal(got, np.where(i < 0, 5, 3))
 
 

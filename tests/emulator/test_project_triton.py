@@ -42,15 +42,30 @@ def lengths(features, pair):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("name", [
-    "causal-gqa",
-    "window-softcap-sink",
-    pytest.param("varlen", marks=pytest.mark.xfail(raises=OutOfBounds, strict=False, reason=(
-        "attention_backward_kv: a key tile past its sequence runs unmasked query tiles 0..begin and reads past q"))),
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "causal-gqa",
+        "window-softcap-sink",
+        pytest.param(
+            "varlen",
+            marks=pytest.mark.xfail(
+                raises=OutOfBounds,
+                strict=False,
+                reason=(
+                    "attention_backward_kv: a key tile past its sequence runs unmasked "
+                    "query tiles 0..begin and reads past q"
+                ),
+            ),
+        ),
+    ],
+)
 @settings(max_examples=2, phases=(Phase.explicit, Phase.generate))
-@given(pair=st.tuples(st.integers(1, 90), st.integers(1, 90)), scores=st.sampled_from(("normal", "rising", "large")),
-       seed=st.integers(0, 63))  # fmt: skip
+@given(
+    pair=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    scores=st.sampled_from(("normal", "rising", "large")),
+    seed=st.integers(0, 63),
+)
 def test_forward_and_backward_are_within_their_budget(capability, name, pair, scores, seed):
     """bfloat16, head_dim 64; lengths, magnitudes and the schedule are drawn. "rising" keeps the running maximum moving,
     which is what runs the rescale."""

@@ -1,4 +1,6 @@
-"""Tensor cores against numpy: a TMA load followed by an MMA is a matrix product for every swizzle, major-ness and tile."""
+"""Tensor cores against numpy: a TMA load followed by an MMA is a matrix product for every swizzle, major-ness and
+tile.
+"""
 
 import numpy as np
 import pytest
@@ -6,13 +8,19 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from .kernels import ELEMENT, kernel, tile_product
+from .errors import RaceError
+from .kernels import ELEMENT, kernel, tile_product, two_tiles_one_buffer
 from .launcher import launch
 from .layouts import fragment_a, fragment_b, fragment_c
 from .tensor_map import TensorMap
 
-TORCH = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "e4m3": torch.float8_e4m3fn,
-         "e5m2": torch.float8_e5m2}  # fmt: skip
+TORCH = {
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "tf32": torch.float32,
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+}
 MAP = {"bf16": "bf16", "f16": "f16", "tf32": "tf32", "e4m3": "u8", "e5m2": "u8"}
 
 
@@ -30,10 +38,20 @@ def run_tile(kind, m, n, k, span, a_mn, b_mn, sm90, seed):
         stored = (matrix.T if operand.mn_major else matrix).contiguous()
         inner, outer = stored.shape[1], stored.shape[0]
         raw = stored.view(torch.uint8)
-        args.append((raw, TensorMap(raw.data_ptr(), (inner, outer), (inner * ELEMENT[kind],), operand.box, span, MAP[kind])))
+        args.append(
+            (raw, TensorMap(raw.data_ptr(), (inner, outer), (inner * ELEMENT[kind],), operand.box, span, MAP[kind]))
+        )
     out = np.full((m, n), np.nan, np.float32)
-    launch(text, 1, 128, [args[0][1], args[1][1], out], memory=[args[0][0], args[1][0]], dynamic_shared=shared, seed=seed,
-           tolerate=("uninitialised read",) if m == 64 and not sm90 else ())  # 16 of the 32 lanes a warp loads hold no row
+    launch(
+        text,
+        1,
+        128,
+        [args[0][1], args[1][1], out],
+        memory=[args[0][0], args[1][0]],
+        dynamic_shared=shared,
+        seed=seed,
+        tolerate=("uninitialised read",) if m == 64 and not sm90 else (),
+    )  # 16 of the 32 lanes a warp loads hold no row
     np.testing.assert_array_equal(out, (left.float() @ right.float().T).numpy())
 
 
@@ -41,8 +59,16 @@ SPANS = st.sampled_from([0, 32, 64, 128])
 
 
 @settings(max_examples=40, phases=(Phase.explicit, Phase.generate))
-@given(span=SPANS, a_mn=st.booleans(), b_mn=st.booleans(), m=st.sampled_from([64, 128]), n=st.sampled_from([64, 128, 192]),
-       k=st.sampled_from([64, 128]), kind=st.sampled_from(["bf16", "f16"]), seed=st.integers(0, 63))  # fmt: skip
+@given(
+    span=SPANS,
+    a_mn=st.booleans(),
+    b_mn=st.booleans(),
+    m=st.sampled_from([64, 128]),
+    n=st.sampled_from([64, 128, 192]),
+    k=st.sampled_from([64, 128]),
+    kind=st.sampled_from(["bf16", "f16"]),
+    seed=st.integers(0, 63),
+)
 def test_tcgen05_on_tma_tiles_is_a_matrix_product(span, a_mn, b_mn, m, n, k, kind, seed):
     """PTX ISA 9.7.16.4-5, 5.5.7: 16-bit types in both majors."""
     run_tile(kind, m, n, k, span, a_mn, b_mn, False, seed)
@@ -84,7 +110,10 @@ def test_mma_sync_multiplies_fragments(kind, k):
     n_a, n_b = len(a_at[0]), len(b_at[0])
     left, right = small_integers((2, 16, k), kind, 1), small_integers((2, k, 8), kind, 2)
     c = np.random.default_rng(0).integers(-9, 9, (2, 16, 8)).astype(np.float32)
-    bits = [x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[size]).numpy().view(word) for x in (left, right)]
+    bits = [
+        x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[size]).numpy().view(word)
+        for x in (left, right)
+    ]
     words = np.empty((64, n_a + n_b + 4), np.uint32)
     for w in range(2):
         a_words = np.ascontiguousarray(bits[0][w][a_at]).view(np.uint32)[..., 0]
@@ -93,8 +122,10 @@ def test_mma_sync_multiplies_fragments(kind, k):
     count = words.shape[1]
     body = [f"ld.param.b64 %d1, [p0]; mad.wide.u32 %d1, %t, {4 * count}, %d1;"]
     body += [f"ld.global.b32 %r{n}, [%d1+{4 * n}];" for n in range(count)]
+
     def registers(start, n):
         return "{" + ",".join(f"%r{r}" for r in range(start, start + n)) + "}"
+
     body.append(f"mma.sync.aligned.m16n8k{k}.row.col.f32.{kind}.{kind}.f32 {registers(50, 4)}, {registers(0, n_a)}, "
                 f"{registers(n_a, n_b)}, {registers(n_a + n_b, 4)};")  # fmt: skip
     body.append(f"ld.param.b64 %d2, [p1]; mad.wide.u32 %d2, %t, 16, %d2; st.global.v4.b32 [%d2], {registers(50, 4)};")
@@ -112,14 +143,16 @@ def test_ldmatrix_and_stmatrix_are_inverse_and_place_rows(count, transpose):
     matrices = np.arange(count * 64, dtype=np.uint16).reshape(count, 8, 8)
     names = "{" + ",".join(f"%r{10 + n}" for n in range(count)) + "}"
     body = [
-        "mov.b32 %r1, smem; ld.param.b64 %d1, [p0]; mad.wide.u32 %d2, %t, 16, %d1; shl.b32 %r2, %t, 4; add.s32 %r2, %r2, %r1;",
+        "mov.b32 %r1, smem; ld.param.b64 %d1, [p0]; mad.wide.u32 %d2, %t, 16, %d1; "
+        "shl.b32 %r2, %t, 4; add.s32 %r2, %r2, %r1;",
         f"setp.lt.u32 %p1, %t, {8 * count};",
         "@%p1 ld.global.v4.b32 {%r4,%r5,%r6,%r7}, [%d2]; @%p1 st.shared.v4.b32 [%r2], {%r4,%r5,%r6,%r7};",
         f"bar.warp.sync -1; rem.u32 %r3, %t, {8 * count}; shl.b32 %r3, %r3, 4; add.s32 %r3, %r3, %r1;",
         f"ldmatrix.sync.aligned.m8n8.x{count}{transpose}.shared.b16 {names}, [%r3];",
         f"ld.param.b64 %d3, [p1]; mad.wide.u32 %d3, %t, {4 * count}, %d3;",
         *[f"st.global.b32 [%d3+{4 * n}], %r{10 + n};" for n in range(count)],
-        f"add.s32 %r3, %r3, 1024; stmatrix.sync.aligned.m8n8.x{count}{transpose}.shared.b16 [%r3], {names}; bar.warp.sync -1;",
+        f"add.s32 %r3, %r3, 1024; "
+        f"stmatrix.sync.aligned.m8n8.x{count}{transpose}.shared.b16 [%r3], {names}; bar.warp.sync -1;",
         "ld.param.b64 %d4, [p2]; mad.wide.u32 %d4, %t, 16, %d4;",
         "@%p1 ld.shared.v4.b32 {%r4,%r5,%r6,%r7}, [%r2+1024]; @%p1 st.global.v4.b32 [%d4], {%r4,%r5,%r6,%r7};",
     ]
@@ -127,4 +160,26 @@ def test_ldmatrix_and_stmatrix_are_inverse_and_place_rows(count, transpose):
     launch(kernel(3, "\n".join(body)), 1, 32, [matrices, loaded, copied], dynamic_shared=2048)
     np.testing.assert_array_equal(copied, matrices)
     source = matrices.transpose(0, 2, 1) if transpose else matrices
-    np.testing.assert_array_equal(loaded.T.reshape(count, -1), np.ascontiguousarray(source).reshape(count, -1).view(np.uint32))
+    np.testing.assert_array_equal(
+        loaded.T.reshape(count, -1), np.ascontiguousarray(source).reshape(count, -1).view(np.uint32)
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_refilling_a_buffer_that_an_mma_may_still_read_is_flagged_on_every_schedule(seed):
+    """The race of a published example (CUTLASS 1cta_mma_basic with more than one K tile); with the wait it is gone."""
+    for waits in (True, False):
+        text, a, b, shared = two_tiles_one_buffer(waits)
+        left, right = small_integers((128, 128), "bf16", seed), small_integers((64, 128), "bf16", seed + 1)
+        raw = [x.view(torch.uint8) for x in (left, right)]
+        maps = [
+            TensorMap(r.data_ptr(), (128, rows), (256,), operand.box, 128, "bf16")
+            for r, rows, operand in zip(raw, (128, 64), (a, b))
+        ]
+        out = np.full((128, 64), np.nan, np.float32)
+        if waits:
+            launch(text, 1, 128, [*maps, out], memory=raw, dynamic_shared=shared, seed=seed)
+            np.testing.assert_array_equal(out, (left.float() @ right.float().T).numpy())
+        else:
+            with pytest.raises(RaceError, match=r"write-after-read race.*TMA load"):
+                launch(text, 1, 128, [*maps, out], memory=raw, dynamic_shared=shared, seed=seed)

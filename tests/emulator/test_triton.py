@@ -15,7 +15,6 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from .errors import RaceError  # noqa: E402
 from .launcher import launch_triton  # noqa: E402
 
 CAPABILITIES = (80, 89, 90, 100, 120)
@@ -56,7 +55,9 @@ def gemm(a, b, c, m, n, k, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PR
     for start in range(0, k, K):
         inside = (start + depth) < k
         left = tl.load(a + rows[:, None] * k + (start + depth)[None, :], (rows[:, None] < m) & inside[None, :], 0.0)
-        right = tl.load(b + (start + depth)[:, None] * n + columns[None, :], inside[:, None] & (columns[None, :] < n), 0.0)
+        right = tl.load(
+            b + (start + depth)[:, None] * n + columns[None, :], inside[:, None] & (columns[None, :] < n), 0.0
+        )
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
     tl.store(c + rows[:, None] * n + columns[None, :], acc, (rows[:, None] < m) & (columns[None, :] < n))
 
@@ -99,7 +100,9 @@ def ordered_sum(x, total, turn, N: tl.constexpr):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32")])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32")]
+)
 @settings(max_examples=4, phases=(Phase.explicit, Phase.generate))
 @given(m=st.integers(1, 130), n=st.integers(1, 100), k=st.integers(1, 100), seed=st.integers(0, 31))
 def test_gemm_matches_float64(capability, dtype, precision, m, n, k, seed):
@@ -157,21 +160,3 @@ def test_programs_in_flight_together_can_hand_over_a_semaphore(seed):
     for value in x.tolist():
         want = want * 0.5 + value
     assert total.item() == want
-
-
-def test_the_fence_that_triton_leaves_out_before_the_first_mma_is_reported():
-    """Triton 3.7.1, sm_100: V arrives by cp.async, is waited for, and the peeled MMA of the software pipeline reads it
-    without the fence.proxy.async that the loop body has."""
-    if not triton.__version__.startswith("3.7."):
-        pytest.skip(f"seen in Triton 3.7.1, this is {triton.__version__}")
-    a, b, c = randn(64, 128, dtype=torch.bfloat16), randn(128, 64, dtype=torch.bfloat16), torch.zeros(64, 64)
-    constants = {"M": 64, "N": 64, "K": 32, "PRECISION": "ieee"}
-    compiled = compile_for(100, gemm, [a, b, c, 64, 64, 128], constants)
-    if "cp.async.cg" not in compiled.asm["ptx"]:
-        pytest.skip("this Triton does not pipeline the loads with cp.async")
-    try:
-        launch_triton(compiled, (1, 1), [a, b, c, 64, 64, 128])
-    except RaceError as error:
-        assert "missing proxy fence" in str(error)
-    else:
-        pytest.skip("this kernel's pipeline has every fence; the attention kernel's does not")

@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from .errors import (BarrierMisuse, Deadlock, EmulatorError, Livelock, OutOfBounds, PtxSyntaxError, RaceError,
-                     TensorMemoryError, Unsupported)  # fmt: skip
+from .errors import (
+    BarrierMisuse,
+    Deadlock,
+    EmulatorError,
+    Livelock,
+    OutOfBounds,
+    PtxSyntaxError,
+    RaceError,
+    TensorMemoryError,  # fmt: skip
+    Unsupported,
+)
 from .kernels import kernel
 from .launcher import launch, load_program
 from .tensor_map import TensorMap
@@ -14,7 +23,9 @@ SEEDS = range(6)
 
 
 def run(body, args=(), threads=64, seed=0, registers="", **options):
-    return launch(kernel(len(args), body, registers, threads), 1, threads, args, dynamic_shared=4096, seed=seed, **options)
+    return launch(
+        kernel(len(args), body, registers, threads), 1, threads, args, dynamic_shared=4096, seed=seed, **options
+    )
 
 
 EXCHANGE = """mov.b32 %r1, smem; shl.b32 %r2, %t, 2; add.s32 %r2, %r2, %r1; st.shared.b32 [%r2], %t;
@@ -59,7 +70,9 @@ def test_deadlock_names_warp_barrier_phase_and_counts():
     @%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];
     WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r1], 0; @!%p2 bra WAIT;"""
     for seed in SEEDS:
-        with pytest.raises(Deadlock, match=r"warps? 0.*parity 0 of mbarrier 0x400 of CTA 0: phase 0, pending 1 of 2, tx 0"):
+        with pytest.raises(
+            Deadlock, match=r"warps? 0.*parity 0 of mbarrier 0x400 of CTA 0: phase 0, pending 1 of 2, tx 0"
+        ):
             run(body, seed=seed)
     run(body.replace("], 2;", "], 1;"))
 
@@ -81,25 +94,40 @@ def test_spinning_on_a_value_that_never_comes_is_a_livelock():
 @pytest.mark.parametrize(
     ("body", "error", "match"),
     [
-        ("ld.param.b64 %d1, [p0]; mad.wide.u32 %d1, %t, 4, %d1; ld.global.b32 %r1, [%d1];", OutOfBounds, "line .* outside every"),
+        (
+            "ld.param.b64 %d1, [p0]; mad.wide.u32 %d1, %t, 4, %d1; ld.global.b32 %r1, [%d1];",
+            OutOfBounds,
+            "line .* outside every",
+        ),
         ("ld.param.b64 %d1, [p0]; st.global.b32 [%d1+2], 0;", OutOfBounds, "misaligned"),
         ("mov.b32 %r1, smem; st.shared.b32 [%r1+8192], 0;", OutOfBounds, "shared address"),
         ("mov.b32 %r1, smem; st.shared.v4.b32 [%r1+4], {0, 0, 0, 0};", OutOfBounds, "misaligned"),
         ("mov.b32 %r1, smem; mbarrier.arrive.shared::cta.b64 _, [%r1];", BarrierMisuse, "no mbarrier was initialised"),
-        ("mov.b32 %r1, smem; setp.eq.u32 %p1, %t, 0; @%p1 mbarrier.init.shared::cta.b64 [%r1], 1; bar.sync 0; "
-         "mbarrier.arrive.shared::cta.b64 _, [%r1];", BarrierMisuse, "64 arrivals|32 arrivals"),
-        ("mov.b32 %r1, smem; setp.eq.u32 %p1, %t, 0; @%p1 mbarrier.init.shared::cta.b64 [%r1], 1; bar.sync 0; "
-         "@%p1 mbarrier.init.shared::cta.b64 [%r1], 4;", BarrierMisuse, "again while it is live"),
+        (
+            "mov.b32 %r1, smem; setp.eq.u32 %p1, %t, 0; @%p1 mbarrier.init.shared::cta.b64 [%r1], 1; bar.sync 0; "
+            "mbarrier.arrive.shared::cta.b64 _, [%r1];",
+            BarrierMisuse,
+            "64 arrivals|32 arrivals",
+        ),
+        (
+            "mov.b32 %r1, smem; setp.eq.u32 %p1, %t, 0; @%p1 mbarrier.init.shared::cta.b64 [%r1], 1; bar.sync 0; "
+            "@%p1 mbarrier.init.shared::cta.b64 [%r1], 4;",
+            BarrierMisuse,
+            "again while it is live",
+        ),
         ("setp.lt.u32 %p1, %t, 32; @%p1 barrier.arrive 1, 64; @%p1 barrier.arrive 1, 96;", BarrierMisuse, "96 threads"),
         ("trap;", EmulatorError, "trap executed"),
     ],
-)  # fmt: skip
+)
 def test_misuse_is_an_error_with_its_line(body, error, match):
     with pytest.raises(error, match=match):
         run(body, [np.zeros(63, np.uint32)])
 
 
-ALLOCATE = "mov.b32 %r1, smem; setp.lt.u32 %p1, %t, 32; @%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], {n}; bar.sync 0; ld.shared.b32 %r2, [%r1];"
+ALLOCATE = (
+    "mov.b32 %r1, smem; setp.lt.u32 %p1, %t, 32; "
+    "@%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], {n}; bar.sync 0; ld.shared.b32 %r2, [%r1];"
+)
 FREE = "@%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r2, {n};"
 
 
@@ -111,10 +139,13 @@ FREE = "@%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r2, {n};"
         (ALLOCATE.format(n=64) + FREE.format(n=32), "dealloc of 32 columns"),
         (ALLOCATE.format(n=48), "alloc of 48 columns"),
         (ALLOCATE.format(n=32) + "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r3}, [%r2+32];", "touches columns 32..32"),
-        ("setp.lt.u32 %p1, %t, 32; @%p1 tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;" + ALLOCATE.format(n=32),
-         "after relinquish"),
+        (
+            "setp.lt.u32 %p1, %t, 32; @%p1 tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;"
+            + ALLOCATE.format(n=32),
+            "after relinquish",
+        ),
     ],
-)  # fmt: skip
+)
 def test_tensor_memory_misuse(body, match):
     with pytest.raises(TensorMemoryError, match=match):
         run(body, registers="", check=False)
@@ -122,13 +153,16 @@ def test_tensor_memory_misuse(body, match):
 
 def test_allocating_more_tmem_than_there_is_waits_for_ever():
     body = ALLOCATE.format(n=512) + "@%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;"
-    with pytest.raises(Deadlock, match="tcgen05.alloc of 32 columns"):
+    with pytest.raises(Deadlock, match=r"tcgen05\.alloc of 32 columns"):
         run(body)
 
 
 def test_setmaxnreg_beyond_the_pool_blocks_for_ever():
     """Two warps of 128 registers: both may not grow, one may if the other shrinks."""
-    body = "setp.lt.u32 %p1, %t, 32; @%p1 bra A; setmaxnreg.{other}.sync.aligned.u32 {n}; bra B; A: setmaxnreg.inc.sync.aligned.u32 160; B:"
+    body = (
+        "setp.lt.u32 %p1, %t, 32; @%p1 bra A; setmaxnreg.{other}.sync.aligned.u32 {n}; "
+        "bra B; A: setmaxnreg.inc.sync.aligned.u32 160; B:"
+    )
     with pytest.raises(Deadlock, match="pool of 8192 registers exceeded"):
         run(body.format(other="inc", n=136), register_budget=128)
     run(body.format(other="dec", n=96), register_budget=128)
@@ -137,7 +171,8 @@ def test_setmaxnreg_beyond_the_pool_blocks_for_ever():
 
 
 def tma(fence: str, tx: int = 1024) -> str:
-    return f"""mov.b32 %r1, smem; add.s32 %r2, %r1, 1024; setp.eq.u32 %p1, %t, 0; shl.b32 %r5, %t, 2; add.s32 %r5, %r5, %r2;
+    return f"""mov.b32 %r1, smem; add.s32 %r2, %r1, 1024; setp.eq.u32 %p1, %t, 0; shl.b32 %r5, %t, 2;
+    add.s32 %r5, %r5, %r2;
     @%p1 mbarrier.init.shared::cta.b64 [%r1], 1; {fence} bar.sync 0;
     @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], {tx};
     @%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r2], [%d1], 1024, [%r1];
@@ -154,7 +189,9 @@ def test_bulk_load_needs_its_init_fence_its_wait_and_its_bytes(seed):
         run(start + tma(""), [data], seed=seed)
     with pytest.raises(Deadlock, match="tx 16"):
         run(start + tma("fence.mbarrier_init.release.cluster;", 1040), [data], seed=seed)
-    unwaited = tma("fence.mbarrier_init.release.cluster;").replace("WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r1], 0; @!%p2 bra WAIT;", "")
+    unwaited = tma("fence.mbarrier_init.release.cluster;").replace(
+        "WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r1], 0; @!%p2 bra WAIT;", ""
+    )
     with pytest.raises(RaceError, match="read-after-write race"):
         run(start + unwaited, [data], seed=seed)
 
@@ -165,10 +202,15 @@ def test_a_tma_store_of_generic_writes_needs_a_proxy_fence(seed):
     tmap = TensorMap(out.data_ptr(), (64,), (), (64,), 0, "s32")
     body = """mov.b32 %r1, smem; shl.b32 %r2, %t, 2; add.s32 %r2, %r2, %r1; st.shared.b32 [%r2], %t; {fence} bar.sync 0;
     setp.eq.u32 %p1, %t, 0; @!%p1 bra DONE; mov.b64 %d1, p0;
-    cp.async.bulk.tensor.1d.global.shared::cta.bulk_group [%d1, {{0}}], [%r1]; cp.async.bulk.commit_group; {wait} DONE:"""
+    cp.async.bulk.tensor.1d.global.shared::cta.bulk_group [%d1, {{0}}], [%r1]; cp.async.bulk.commit_group;
+    {wait} DONE:"""
+
     def go(fence, wait="cp.async.bulk.wait_group 0;"):
-        text = kernel(0, body.format(fence=fence, wait=wait), "", 64).replace(".entry k(\n\n)", ".entry k(\n.param .align 64 .b8 p0[128])")
+        text = kernel(0, body.format(fence=fence, wait=wait), "", 64).replace(
+            ".entry k(\n\n)", ".entry k(\n.param .align 64 .b8 p0[128])"
+        )
         return launch(text, 1, 64, [tmap], memory=[out], dynamic_shared=4096, seed=seed)
+
     go("fence.proxy.async.shared::cta;")
     assert out.tolist() == list(range(64))
     with pytest.raises(RaceError, match="missing proxy fence"):
@@ -178,7 +220,8 @@ def test_a_tma_store_of_generic_writes_needs_a_proxy_fence(seed):
 
 def test_cp_async_is_visible_only_after_its_wait():
     data = np.arange(128, dtype=np.uint32)
-    body = """mov.b32 %r1, smem; ld.param.b64 %d1, [p0]; mad.wide.u32 %d1, %t, 16, %d1; shl.b32 %r2, %t, 4; add.s32 %r2, %r2, %r1;
+    body = """mov.b32 %r1, smem; ld.param.b64 %d1, [p0]; mad.wide.u32 %d1, %t, 16, %d1; shl.b32 %r2, %t, 4;
+    add.s32 %r2, %r2, %r1;
     cp.async.cg.shared.global [%r2], [%d1], 16; cp.async.commit_group; {wait}
     ld.shared.v4.b32 {{%r4,%r5,%r6,%r7}}, [%r2];"""
     for seed in SEEDS:
@@ -212,7 +255,8 @@ def test_divergent_lanes_meet_again_at_a_warp_barrier():
     out = np.zeros(32, np.uint32)
     body = """and.b32 %r1, %t, 3; setp.eq.u32 %p1, %r1, 0; mov.b32 %r2, 1; @%p1 bra EVEN; mov.b32 %r2, 2; EVEN:
     LOOP: add.s32 %r1, %r1, 1; setp.lt.u32 %p2, %r1, 6; add.s32 %r2, %r2, 1; @%p2 bra LOOP;
-    shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1; ld.param.b64 %d1, [p0]; mad.wide.u32 %d1, %t, 4, %d1; st.global.b32 [%d1], %r3;"""
+    shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1; ld.param.b64 %d1, [p0]; mad.wide.u32 %d1, %t, 4, %d1;
+    st.global.b32 [%d1], %r3;"""
     run(body, [out], threads=32)
     start = np.arange(32) % 4
     value = np.where(start == 0, 1, 2) + 6 - start

@@ -28,8 +28,8 @@ def emulated_triton(capability: int, *, seed: int = 0, tiles: dict | None = None
                     observe: Callable[[str, Result], None] | None = None, **machine) -> Iterator[None]:  # fmt: skip
     """Runs the Triton backend for compute capability `capability` (80, 90, ...) under schedule `seed`.
 
-    tiles: `fa4_triton.tiles.Tile` by kernel name, in place of the project's table. observe: called with the name of each
-    kernel and its `Result`. machine: options of `Machine`.
+    tiles: `fa4_triton.tiles.Tile` by kernel name, in place of the project's table. observe: called with the name of
+    each kernel and its `Result`. machine: options of `Machine`.
     """
     import fa4_triton
     from fa4_triton import launch as host

@@ -7,7 +7,7 @@ A handler is a decoder: called once per instruction when a program is built, it 
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 from ..errors import Unsupported
 

@@ -36,8 +36,23 @@ def trap(i, program):
     return execute
 
 
-@handles("prefetch", "prefetchu", "applypriority", "discard", "nanosleep", "pmevent", "griddepcontrol", "membar", "fence.sc",
-         "fence.acq_rel", "fence.acquire", "fence.release", "cp.async.bulk.prefetch", "wgmma.fence", "tcgen05.fence")  # fmt: skip
+@handles(
+    "prefetch",
+    "prefetchu",
+    "applypriority",
+    "discard",
+    "nanosleep",
+    "pmevent",
+    "griddepcontrol",
+    "membar",
+    "fence.sc",
+    "fence.acq_rel",
+    "fence.acquire",
+    "fence.release",
+    "cp.async.bulk.prefetch",
+    "wgmma.fence",
+    "tcgen05.fence",
+)
 def no_effect(i, program):
     """Hints, and fences between accesses that the emulator already performs in order.
 
@@ -79,7 +94,10 @@ def set_max_registers(i, program):
                     return sum(w.registers or machine.launch_registers for w in cta.warps) * 32 <= allowed
 
                 return machine_module().Blocked(
-                    fits, lambda: f"setmaxnreg {count} for {len(warps)} warps: pool of {allowed} registers exceeded", True)  # fmt: skip
+                    fits,
+                    lambda: f"setmaxnreg {count} for {len(warps)} warps: pool of {allowed} registers exceeded",
+                    True,
+                )
             machine.dirty = True
         return None
 
@@ -264,8 +282,11 @@ def named_barrier(i, program):
         if passed(frame):
             return None
         return machine_module().Blocked(
-            passed, lambda: f"{name}, phase {barrier.generation}: {barrier.arrived} of {barrier.expected} threads arrived",
-            True, ("named", number, generation))  # fmt: skip
+            passed,
+            lambda: f"{name}, phase {barrier.generation}: {barrier.arrived} of {barrier.expected} threads arrived",
+            True,
+            ("named", number, generation),
+        )
 
     return execute
 
@@ -308,8 +329,13 @@ def cluster_wait(i, program):
         if passed(frame):
             return None
         return machine_module().Blocked(
-            passed, lambda: f"cluster barrier, phase {barrier.generation}: {barrier.arrived} of {barrier.expected} threads "
-            "arrived", True, ("cluster", generation))  # fmt: skip
+            passed,
+            lambda: (
+                f"cluster barrier, phase {barrier.generation}: {barrier.arrived} of {barrier.expected} threads arrived"
+            ),
+            True,
+            ("cluster", generation),
+        )
 
     return execute
 

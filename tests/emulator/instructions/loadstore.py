@@ -55,7 +55,9 @@ class SharedAccess:
         cells = shadow.spans(self.offsets[:, None], self.size)
         cells = cells.reshape(len(self.offsets), -1)
         if mask is None:
-            self._record(shadow, cells.reshape(len(frame.warps), -1), slice(0, len(frame.warps)), write, same_value, atomic)
+            self._record(
+                shadow, cells.reshape(len(frame.warps), -1), slice(0, len(frame.warps)), write, same_value, atomic
+            )
             return
         owner = np.flatnonzero(mask) // 32
         for w in np.unique(owner):
@@ -206,10 +208,7 @@ def store(i, program):
             value = frame.read(source, _U[width])
             values[:, n] = value if lanes is None else value[lanes]
         where, addresses = resolve(space, addresses)
-        if size <= 8:
-            units = values.view(_U[size]).reshape(-1)
-        else:
-            units = values.view(np.uint64).reshape(len(values), -1)
+        units = values.view(_U[size]).reshape(-1) if size <= 8 else values.view(np.uint64).reshape(len(values), -1)
         if where == "shared":
             if size == 32:
                 raise unsupported(i)
@@ -283,7 +282,9 @@ def atomic(i, program):
     if i.has("async"):
         raise unsupported(i)
     returns = i.parts[0] == "atom"
-    name = next((p for p in i.parts if p in ("add", "min", "max", "exch", "cas", "and", "or", "xor", "inc", "dec")), None)
+    name = next(
+        (p for p in i.parts if p in ("add", "min", "max", "exch", "cas", "and", "or", "xor", "inc", "dec")), None
+    )
     ty, count, space = i.type, _vector(i), state_space(i)
     bf16 = ty in ("bf16", "bf16x2")
     if name is None or not (ty in _ATOMIC_DTYPE or bf16):
@@ -349,7 +350,7 @@ class AsyncCopy:
     """State of asynchronous work that a warp waits for in groups: `read` when the source has been read, `done` at the
     end, `stamp` for the race check."""
 
-    __slots__ = ("read", "done", "stamp")
+    __slots__ = ("done", "read", "stamp")
 
     def __init__(self, stamp: int) -> None:
         self.read = self.done = False
@@ -422,7 +423,9 @@ def copy_async(i, program):
                 data = np.zeros((len(lanes), size), np.uint8)
                 for n in np.flatnonzero(given):
                     at = int(source[n])
-                    data[n, : given[n]] = machine.memory.find(at, int(given[n]), i.line, "cp.async").bytes(at, int(given[n]))
+                    data[n, : given[n]] = machine.memory.find(at, int(given[n]), i.line, "cp.async").bytes(
+                        at, int(given[n])
+                    )
                 units = data.view(_U[size]).reshape(-1) if size <= 8 else data.view(np.uint64).reshape(-1, 2)
                 view[index] = units
             for op in ops:
@@ -483,7 +486,9 @@ def arrive_after_copies(i, program):
             clock, proxy = warp.release(), warp.async_clock.copy()
             clock[frame.cluster.actors.copy(warp.id)] = warp.copies.stamp
 
-            def arrive(ops=ops, barrier=barrier, count=len(lanes), clock=clock, proxy=proxy):
+            count = len(lanes)
+
+            def arrive(ops=ops, barrier=barrier, count=count, clock=clock, proxy=proxy):
                 if not all(op.done for op in ops):
                     return False
                 barrier.arrive(count, clock, proxy, i.line)
@@ -563,4 +568,4 @@ def store_matrix(i, program):
     return execute
 
 
-__all__ = ["AsyncCopy", "SharedAccess", "Imm", "Symbol", "wait_for_groups"]
+__all__ = ["AsyncCopy", "Imm", "SharedAccess", "Symbol", "wait_for_groups"]

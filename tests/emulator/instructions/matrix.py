@@ -141,7 +141,7 @@ def wgmma(i, program):
     a_rows = _rows(i.operands[1]) if from_registers else None
     scale_d = i.operands[3] if len(i.operands) > 3 else Imm(1)
     flags = [x.value for x in i.operands[4:]]
-    negate_a, negate_b = (flags + [1, 1])[0] == -1, (flags + [1, 1])[1] == -1
+    negate_a, negate_b = (flag == -1 for flag in [*flags, 1, 1][:2])
     if from_registers:
         a_mn, b_mn = False, bool(flags[2]) if len(flags) > 2 else False
     else:
@@ -180,7 +180,9 @@ def wgmma(i, program):
                 one, stamp = np.array([slot]), np.array([warp.pipe_stamp])
                 operands = [("wgmma B", b_cells)] + ([] if from_registers else [("wgmma A", a_cells)])
                 for what, cells in operands:
-                    cta.shared_shadow.read(cells, one, stamp, warp.pipe_clock[None], i.line, what, warp.async_clock[None])
+                    cta.shared_shadow.read(
+                        cells, one, stamp, warp.pipe_clock[None], i.line, what, warp.async_clock[None]
+                    )
             warp.tick()
             warp.wgmma.open.append(op)
         op.stamp = max(w.pipe_stamp for w in part.warps)
@@ -224,6 +226,8 @@ def wgmma_wait(i, program):
 
     def execute(frame, mask):
         slot_of = frame.cluster.actors.pipe
-        return wait_for_groups(i, frame, mask, lambda w: w.wgmma, pending, "done", lambda w: slot_of(w.id), "wgmma.wait_group")
+        return wait_for_groups(
+            i, frame, mask, lambda w: w.wgmma, pending, "done", lambda w: slot_of(w.id), "wgmma.wait_group"
+        )
 
     return execute

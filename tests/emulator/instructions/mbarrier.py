@@ -81,7 +81,9 @@ def init(i, program):
             if machine.check_races:
                 cells = cta.shared_shadow.spans(np.array([[offset]]), 8)
                 slots = np.array([warp.id])
-                cta.shared_shadow.write(cells, slots, warp.clock[slots], warp.clock[None], i.line, "mbarrier.init", True)
+                cta.shared_shadow.write(
+                    cells, slots, warp.clock[slots], warp.clock[None], i.line, "mbarrier.init", True
+                )
 
     return execute
 
@@ -159,11 +161,10 @@ def wait(i, program):
                 return SPLIT
             raise EmulatorError(f"line {i.line}: lanes of a warp wait for different mbarriers or phases")
         barrier = barrier_at(frame, address, i.line)
-        rng = machine.rng
-        if not barrier.passes(parity):
-            if not suspends or (machine.schedule.spurious and rng.random() < machine.schedule.spurious):
-                frame.write(destination, np.zeros(frame.lanes, bool), mask)
-                return None
+        spurious = machine.schedule.spurious and machine.rng.random() < machine.schedule.spurious
+        if not barrier.passes(parity) and (not suspends or spurious):
+            frame.write(destination, np.zeros(frame.lanes, bool), mask)
+            return None
         frame.write(destination, np.ones(frame.lanes, bool), mask)
         target = barrier.phase + (0 if barrier.passes(parity) else 1)
 

@@ -42,8 +42,11 @@ def allocate(i, program):
             raise TensorMemoryError(f"line {i.line}: tcgen05.alloc after relinquish_alloc_permit")
         start = cta.tmem.allocate(columns)
         if start is None:
-            return Blocked(lambda _: False if cta.tmem.free.sum() < columns else _fits(cta, columns),
-                           lambda: f"tcgen05.alloc of {columns} columns; allocated: {cta.tmem.allocations}", False)  # fmt: skip
+            return Blocked(
+                lambda _: False if cta.tmem.free.sum() < columns else _fits(cta, columns),
+                lambda: f"tcgen05.alloc of {columns} columns; allocated: {cta.tmem.allocations}",
+                False,
+            )
         address = frame.scalar(i.operands[0].items[0], mask, i.line)
         target, offset = frame.cluster.locate(address, 4, i.line)
         target.shared_views[4][offset // 4] = start
@@ -98,11 +101,15 @@ class _TransferShape:
             lane, column = address >> 16, address & 0xFFFF
             if lane // 32 * 32 not in (0, quarter):
                 raise TensorMemoryError(
-                    f"line {self.i.line}: warp {warp.index} reaches lanes {quarter}..{quarter + 31}, the address says {lane}")
+                    f"line {self.i.line}: warp {warp.index} reaches lanes "
+                    f"{quarter}..{quarter + 31}, the address says {lane}"
+                )
             if self.shape == "32x32b" and lane % 32:
                 raise TensorMemoryError(f"line {self.i.line}: 32x32b from lane {lane}")
             if lane // 32 * 32 != quarter:
-                frame.machine.note(f"line {self.i.line}: TMEM address names lane {lane} for warp {warp.index}; its own quarter is used")
+                frame.machine.note(
+                    f"line {self.i.line}: TMEM address names lane {lane} for warp {warp.index}; its own quarter is used"
+                )
             lanes, columns = self._cells(frame.machine, quarter + lane % 32, column, split)
             frame.cta.tmem.check(int(columns.min()), int(columns.max()), self.i.line, self.i.parts[1])
             out.append((warp, lanes, columns))
@@ -173,7 +180,9 @@ def store(i, program):
             if machine.check_races:
                 slot = np.array([warp.id])
                 cells = TensorMemoryShadow.cells(lanes, columns).reshape(1, -1)
-                cta.tmem_shadow.write(cells, slot, warp.clock[slot] + PENDING, warp.clock[None], i.line, "tcgen05.st", False)
+                cta.tmem_shadow.write(
+                    cells, slot, warp.clock[slot] + PENDING, warp.clock[None], i.line, "tcgen05.st", False
+                )
             warp.pending_tmem_stores.append((lanes, columns, values[:, 32 * w : 32 * w + 32]))
             if machine.schedule.asynchrony == "eager":
                 _flush_stores(warp)
@@ -233,7 +242,9 @@ def mma(i, program):
         if len(lanes_active) != 1:
             if frame.hi - frame.lo > 1:
                 return _one_warp(frame)
-            raise EmulatorError(f"line {i.line}: tcgen05.mma issued by {len(lanes_active)} lanes, it would run that often")
+            raise EmulatorError(
+                f"line {i.line}: tcgen05.mma issued by {len(lanes_active)} lanes, it would run that often"
+            )
         lane = lanes_active[0]
         machine, cta, warp = frame.machine, frame.cta, frame.lane_warp(lane)
         instruction = InstructionDescriptor.decode(frame.lane_scalar(i.operands[3], lane), i.line)

@@ -71,7 +71,9 @@ def _record_load(frame, warp, cta, barrier: MBarrier, chunks: np.ndarray, line: 
         seen = generic[None].copy()
         seen[0, barrier.slot] = 1 << 30  # copies on one barrier are one actor
         stamp = np.array([barrier.stamp_base + barrier.phase + 1])
-        cta.shared_shadow.write(_sixteen_byte_cells(cta, chunks), np.array([barrier.slot]), stamp, seen, line, what, False)
+        cta.shared_shadow.write(
+            _sixteen_byte_cells(cta, chunks), np.array([barrier.slot]), stamp, seen, line, what, False
+        )
     warp.tick()
     return generic, proxy
 
@@ -122,7 +124,9 @@ def _tensor_load(i):
                 raise EmulatorError(f"line {i.line}: {len(coordinates)} coordinates for a map of rank {len(tmap.dims)}")
             # 16 bytes suffice without a swizzle (PTX ISA 5.5); the swizzled modes repeat every 128 bytes and more.
             alignment = 128
-            cta, offset = _check_shared(frame, frame.lane_scalar(i.operands[0].items[0], lane), tmap.box_bytes, alignment, i.line)
+            cta, offset = _check_shared(
+                frame, frame.lane_scalar(i.operands[0].items[0], lane), tmap.box_bytes, alignment, i.line
+            )
             barrier = barrier_at(frame, frame.lane_scalar(i.operands[2].items[0], lane), i.line)
             if multicast is None:
                 targets = [(cta, barrier)]
@@ -133,7 +137,9 @@ def _tensor_load(i):
                 used_by_async_proxy(frame, target_barrier, i.line)
                 chunks = _box_chunks(tmap, offset)
                 clocks = _record_load(frame, warp, target, target_barrier, chunks, i.line, "TMA load")
-                cluster.loose.append(_load_op(machine, tmap, coordinates, target, chunks, target_barrier, clocks, i.line))
+                cluster.loose.append(
+                    _load_op(machine, tmap, coordinates, target, chunks, target_barrier, clocks, i.line)
+                )
 
     return execute
 
@@ -176,13 +182,17 @@ def _tensor_store(i, reduction):
             coordinates = _coordinates(frame, i.operands[0], lane)
             if len(coordinates) != len(tmap.dims):
                 raise EmulatorError(f"line {i.line}: {len(coordinates)} coordinates for a map of rank {len(tmap.dims)}")
-            cta, offset = _check_shared(frame, frame.lane_scalar(i.operands[1].items[0], lane), tmap.box_bytes, 128, i.line)
+            cta, offset = _check_shared(
+                frame, frame.lane_scalar(i.operands[1].items[0], lane), tmap.box_bytes, 128, i.line
+            )
             chunks = _box_chunks(tmap, offset)
 
             def write(raw, tmap=tmap, coordinates=coordinates, cta=cta):
                 part = _global_window(machine, tmap, coordinates, i.line)
                 if machine.check_races:
-                    machine.global_tensor_access(cta, tmap, coordinates, i.line, write=True, atomic=reduction is not None)
+                    machine.global_tensor_access(
+                        cta, tmap, coordinates, i.line, write=True, atomic=reduction is not None
+                    )
                 if part is None:
                     return
                 slices, view = part
@@ -243,7 +253,9 @@ def _queue_store(frame, lane: int, cta, chunks: np.ndarray, write, i) -> None:
 
 @handles("cp.async.bulk", "cp.reduce.async.bulk")
 def bulk_copy(i, program):
-    """cp.async.bulk and cp.reduce.async.bulk: contiguous bytes between global, shared and another CTA's shared memory."""
+    """cp.async.bulk and cp.reduce.async.bulk: contiguous bytes between global, shared and another CTA's shared
+    memory.
+    """
     spaces = [p for p in i.parts if p.startswith(("shared::", "global"))]
     reduction = _reduction(i) if i.op.startswith("cp.reduce") else None
     if spaces[:2] in (["shared::cluster", "global"], ["shared::cta", "global"]) and reduction is None:
@@ -426,7 +438,9 @@ def try_cancel(i, program):
             for target in cluster.ctas if everywhere else [cta]:
                 target_barrier = _same_barrier(target, barrier, i.line)
                 chunks = np.array([offset >> 4])
-                clocks = _record_load(frame, frame.lane_warp(lane), target, target_barrier, chunks, i.line, "try_cancel")
+                clocks = _record_load(
+                    frame, frame.lane_warp(lane), target, target_barrier, chunks, i.line, "try_cancel"
+                )
 
                 def land(target=target, offset=offset, barrier=target_barrier, clocks=clocks, taken=taken):
                     if not taken:
