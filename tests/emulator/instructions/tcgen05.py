@@ -1,7 +1,8 @@
 """The fifth-generation tensor core: TMEM allocation, loads and stores, MMA, commit (PTX ISA 9.7.16).
 
 `tcgen05.mma` and `tcgen05.commit` of one warp run in order on that warp's pipe. `tcgen05.st` becomes visible at
-`wait::st` at the latest; an `ld` binds at issue, and `wait::ld` only tells the race check how long the read lasted.
+`wait::st` at the latest; an `ld` binds at issue, but its registers hold the values only after `wait::ld`, which also tells
+the race check how long the read lasted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from . import handles, unsupported
 from .matrix import WORD, check_operand_bounds, decode_elements, operand_index
 from .mbarrier import barrier_at, used_by_async_proxy
 from .tma import _same_barrier
+
+
+UNDEFINED = 0x7FBADBAD
+"""What registers hold between `tcgen05.ld` and its `wait::ld`: a NaN."""
 
 
 def _one_warp(frame):
@@ -148,13 +153,18 @@ def load(i, program):
         for w, (warp, lanes, columns) in enumerate(shape.locate(frame, i.operands[1].items[0], split)):
             if warp.pending_tmem_stores:
                 _flush_stores(warp)
+            cells = None
             if machine.check_races:
                 cells = TensorMemoryShadow.cells(lanes, columns).reshape(1, -1)
                 slot = np.array([warp.id])
                 cta.tmem_shadow.read(cells, slot, warp.clock[slot], warp.clock[None], i.line, "tcgen05.ld")
-                if program.has_wait_ld:
-                    warp.pending_tmem_loads.append(cells)
-            frame.W[rows, 32 * w : 32 * w + 32] = cta.tmem.cells[lanes, columns]
+            values = cta.tmem.cells[lanes, columns]
+            registers = frame.W[:, 32 * w : 32 * w + 32]
+            if program.has_wait_ld:
+                warp.pending_tmem_loads.append((cells, registers, rows, values))
+            # Until wait::ld the registers hold nothing that a kernel may use.
+            late = program.has_wait_ld and machine.schedule.asynchrony != "eager"
+            registers[rows] = UNDEFINED if late else values
 
     return execute
 
@@ -207,9 +217,10 @@ def wait_store(i, program):
 def wait_load(i, program):
     def execute(frame, mask):
         for warp, _ in frame.active(mask):
-            if frame.machine.check_races:
-                shadow = frame.cta.tmem_shadow
-                for cells in warp.pending_tmem_loads:
+            for cells, registers, rows, values in warp.pending_tmem_loads:
+                registers[rows] = values
+                if cells is not None:
+                    shadow = frame.cta.tmem_shadow
                     shadow.reads[warp.id, cells] = warp.clock[warp.id]
                     shadow.last_read[warp.id] = warp.clock[warp.id]
             warp.pending_tmem_loads.clear()
