@@ -44,7 +44,7 @@ def attention_forward(
     heads_q,
     k_descriptor,
     v_descriptor,
-    counts,
+    counts: Statistics,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_V: tl.constexpr,
@@ -55,7 +55,7 @@ def attention_forward(
 ):
     """Writes out and lse for TILE_M rows; the grid is one-dimensional, tiles fastest, then heads, then batch.
 
-    counts, None but in tests: (rows as lse's, 2) int32, for each row the tiles visited and the rescales skipped.
+    counts, without a pointer but in tests: int32, for each row the tiles visited and, next to it, the rescales skipped.
     """
     D: tl.constexpr = block_of(DIM)
     DV: tl.constexpr = block_of(DIM_V)
@@ -126,10 +126,10 @@ def attention_forward(
     row_lse = tl.where(within, row_lse, float("-inf"))
     store_rows(out, span_q, head, first, acc, TILE_M, DIM_V, DV)
     tl.store(base_of(lse, span_q, head) + row * lse.stride_s, row_lse, mask=row < span_q.room)
-    if counts is not None:
-        at = base_of(lse, span_q, head) - lse.ptr + row * lse.stride_s
-        tl.store(counts + 2 * at, tl.zeros_like(skips) + (end - begin), mask=within)
-        tl.store(counts + 2 * at + 1, skips, mask=within)
+    if counts.ptr is not None:
+        at = base_of(counts, span_q, head) + row * counts.stride_s
+        tl.store(at, tl.zeros_like(skips) + (end - begin), mask=within)
+        tl.store(at + 1, skips, mask=within)
 
 
 @triton.jit

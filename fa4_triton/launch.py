@@ -187,7 +187,8 @@ def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> t
     grid = _tiles(problem.seqlen_q, plan.tile.m, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q)
     args = (
         _rows(q), k_rows, v_rows, _rows(out), _statistics(lse), inputs.sink, _sequences(problem, inputs),
-        _values(problem), problem.heads_q, k_descriptor, v_descriptor, counts,
+        _values(problem), problem.heads_q, k_descriptor, v_descriptor,
+        _statistics(None if counts is None else counts[..., 0]),
     )  # fmt: skip
     layout = (counts is not None, k_descriptor is not None, v_descriptor is not None, aligned)
     _launch(attention_forward, plan, device, grid, args, layout)

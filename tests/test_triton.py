@@ -1,0 +1,254 @@
+"""The Triton backend's own promises: what is visited and skipped, what compiles where, and the usual ways to crash."""
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import fa4_triton
+from dispatch import attention
+from fa4_core.problem import Inputs, make_problem
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from fa4_triton import launch, tiles  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU")]
+needs_gpu = lambda test: on_gpu[0](on_gpu[1](test))  # noqa: E731
+RUNS = [
+    pytest.param(
+        "cpu", marks=[pytest.mark.interpreter, pytest.mark.skipif(not INTERPRETED, reason="interpreter only")]
+    ),
+    pytest.param("cuda", marks=on_gpu),
+]
+LOG2_E = 1.4426950408889634
+
+
+def count(q, k, v, **options):
+    """(visits, skips) of every row, (B, H, Sq) each, from the kernel's debug counters."""
+    inputs = Inputs(q, k, v)
+    problem = make_problem(inputs, **options)
+    counts = torch.zeros(*problem.lse_shape, 2, dtype=torch.int32, device=q.device)
+    launch.forward(problem, inputs, counts)
+    return counts.cpu().unbind(-1)
+
+
+def tile_of(q):
+    inputs = Inputs(q, q, q)
+    return launch._plan("forward", make_problem(inputs).kinds, q.device).tile
+
+
+def simulated_skips(q, k, tile_n, threshold):
+    """The same rule in NumPy, tiles from right to left: a row's tiles after its first whose pivot was kept."""
+    scores = np.einsum("bihd,bjhd->bhij", q.double().cpu().numpy(), k.double().cpu().numpy())
+    scores *= q.shape[-1] ** -0.5 * LOG2_E
+    row_max = np.full(scores.shape[:-1], -np.inf)
+    skips = np.zeros(scores.shape[:-1], np.int64)
+    for first in range((scores.shape[-1] - 1) // tile_n * tile_n, -1, -tile_n):
+        new_max = np.maximum(row_max, scores[..., first : first + tile_n].max(-1))
+        follow = new_max - row_max > threshold
+        skips += np.isfinite(row_max) & ~follow
+        row_max = np.where(follow, new_max, row_max)
+    return skips
+
+
+@pytest.mark.parametrize("device", RUNS)
+@pytest.mark.parametrize("threshold", [0.0, 8.0])
+@pytest.mark.parametrize("scores", ["normal", "q x 16", "rising keys"])
+def test_skips_are_counted_as_a_numpy_simulation_counts_them(device, scores, threshold):
+    """A pivot followed where it should be kept costs speed that no result shows; kept too long, it overflows fp16."""
+    g = torch.Generator().manual_seed(5)
+    q, k = (torch.randn(1, 70, 2, 64, generator=g) for _ in range(2))
+    k = torch.cat([k, torch.randn(1, 250, 2, 64, generator=g)], 1)
+    if scores == "q x 16":
+        q *= 16
+    elif scores == "rising keys":
+        # Rising towards the left, since tiles are walked from the right.
+        k = q.mean(1, keepdim=True) * torch.linspace(900, 0, k.shape[1])[None, :, None, None]
+        q = q.mean(1, keepdim=True) + 0.01 * q
+    q, k = q.to(device), k.to(device)
+    _, skips = count(q, k, k, rescale_threshold=threshold)
+    want = simulated_skips(q, k, tile_of(q).n, threshold)
+    # float32 and float64 may fall on different sides of the threshold in a rare row.
+    assert (skips.numpy() != want).mean() <= 0.01
+    share = skips.sum() / max(1, (skips.numel() * ((k.shape[1] - 1) // tile_of(q).n)))
+    if threshold == 8.0:
+        assert share > 0.99 if scores == "normal" else share < 0.35 if scores == "rising keys" else True
+
+
+@pytest.mark.parametrize("device", RUNS)
+def test_hidden_tiles_are_never_visited(device):
+    """Counted against brute force over random masks: visited is a tile where a row of the query tile sees a key."""
+    rng = np.random.default_rng(0)
+    for _ in range(12 if device == "cpu" else 60):
+        len_q, len_k = (int(n) for n in rng.integers(1, 400, 2))
+        left, right = (int(rng.integers(0, 200)) if rng.random() < 0.6 else -1 for _ in range(2))
+        q, k = torch.randn(1, len_q, 1, 16).to(device), torch.randn(1, len_k, 1, 16).to(device)
+        visits, _ = count(q, k, k, window_left=left, window_right=right)
+        i, j = np.arange(len_q)[:, None] + len_k - len_q, np.arange(len_k)[None]
+        seen = ((left < 0) | (j >= i - left)) & ((right < 0) | (j <= i + right))
+        tile = tile_of(q)
+        for first in range(0, len_q, tile.m):
+            rows = seen[first : first + tile.m].any(0)
+            want = sum(rows[at : at + tile.n].any() for at in range(0, len_k, tile.n))
+            assert (visits[0, 0, first : first + tile.m] == want).all(), (len_q, len_k, left, right, first)
+
+
+ARCHITECTURES = [GPUTarget("cuda", cc, 32) for cc in (80, 86, 89, 90, 100, 103, 120)]
+ARCHITECTURES += [GPUTarget("hip", name, 64) for name in ("gfx942", "gfx950")]
+DIMS = (64, 128, 256)
+
+
+def compiled(target, dim, dtype, monkeypatch, **options):
+    """What `forward` and `backward` would compile for `target`: {kernel: (tile, CompiledKernel)}."""
+    found = {}
+
+    def compile_only(kernel, plan, device, grid, args, layout):
+        settings = {"num_warps": plan.tile.warps, "num_stages": plan.tile.stages}
+        found[kernel.__name__] = launch.compile_kernel(kernel, args, dict(plan.constants), settings, target, layout[-1])
+
+    monkeypatch.setattr(launch, "target_of", lambda device: target)
+    monkeypatch.setattr(launch, "_launch", compile_only)
+    launch._plan.cache_clear()
+    q = torch.empty(1, 4096, 8, dim, dtype=dtype)
+    inputs = Inputs(q, q, q)
+    problem = make_problem(inputs, **options)
+    out, lse = launch.forward(problem, inputs)
+    launch.backward(problem, inputs, out, lse, q, None)
+    launch._plan.cache_clear()
+    return found
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda t: str(t.arch))
+def test_every_kernel_compiles_within_the_shared_memory_of_every_architecture(architecture, dim, monkeypatch):
+    """A launch would fail with "out of resources" on a GPU that nobody here has."""
+    limit = tiles.SHARED_MEMORY[tiles.family_of(architecture)]
+    for name, kernel in compiled(architecture, dim, torch.bfloat16, monkeypatch, window_right=0).items():
+        assert kernel.metadata.shared <= limit * 1024, f"{name}: {kernel.metadata.shared} bytes of {limit} KiB"
+
+
+def test_rocm_is_not_taken_for_hopper():
+    """A gfx942 reports capability (9, 4)."""
+    assert tiles.family_of(GPUTarget("hip", "gfx942", 64)) == "amd"
+
+
+def cuda(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def assert_as_reference(q, k, v, **options):
+    got = attention(q, k, v, backend="triton", **options).float()
+    want = attention(q.float(), k.float(), v.float(), backend="reference", **options)
+    assert torch.allclose(got, want, atol=2e-2, rtol=2e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_descriptors_and_pointers_give_the_same_bits(dim, causal, heads_first, monkeypatch):
+    """Whether tiles come through TMA depends on the amount of work, which must not show in any result."""
+    shape = (2, 3, 300, dim) if heads_first else (2, 300, 3, dim)
+    q, k, v, do = (cuda(*shape) for _ in range(4))
+    if heads_first:
+        q, k, v, do = (t.transpose(1, 2) for t in (q, k, v, do))
+    results = []
+    for least in (0, float("inf")):
+        monkeypatch.setattr(launch, "MIN_TMA_FLOPS", least)
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out, lse = attention(*leaves, causal=causal, backend="triton", return_lse=True)
+        results.append([out, lse, *torch.autograd.grad(out, leaves, do)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert_as_reference(q, k, v, causal=causal)
+
+
+@needs_gpu
+def test_descriptors_do_not_leak_the_next_sequence(monkeypatch):
+    """A descriptor sees the whole tensor: rows past a sequence are its neighbour's, here NaN."""
+    monkeypatch.setattr(launch, "MIN_TMA_FLOPS", 0)
+    q, k, v = (cuda(600, 2, 64) for _ in range(3))
+    lone = [t[:130].clone().requires_grad_() for t in (q, k, v)]
+    for t in (q, k, v):
+        t[130:] = float("nan")
+    both = [t.requires_grad_() for t in (q, k, v)]
+    one, two = (torch.tensor(cu, dtype=torch.int32, device="cuda") for cu in ([0, 130], [0, 130, 600]))
+    alone = attention(*lone, cu_seqlens_q=one, cu_seqlens_k=one, causal=True, backend="triton")
+    beside = attention(*both, cu_seqlens_q=two, cu_seqlens_k=two, causal=True, backend="triton")
+    assert torch.equal(alone, beside[:130])
+    do = cuda(130, 2, 64)
+    padded = torch.cat([do, torch.full((470, 2, 64), float("nan"), device="cuda", dtype=do.dtype)])
+    for a, b in zip(torch.autograd.grad(alone, lone, do), torch.autograd.grad(beside, both, padded)):
+        assert torch.equal(a, b[:130])
+
+
+@needs_gpu
+def test_on_a_side_stream():
+    """Launched on another stream than the current one, the kernel would read inputs that are not there yet."""
+    q = cuda(2, 2000, 8, 64)
+    want = attention(q * 2, q, q)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        got = attention(q * 2, q, q)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(got, want)
+
+
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_device_that_is_not_current():
+    q = torch.randn(1, 300, 4, 64, device="cuda:1", dtype=torch.float16)
+    assert torch.cuda.current_device() == 0
+    assert_as_reference(q, q, q, causal=True)
+
+
+@needs_gpu
+def test_more_heads_than_a_grid_dimension_holds():
+    """65,535 is the limit of a grid's second and third dimension."""
+    q = cuda(700, 5, 100, 16)
+    got = attention(q, q, q, backend="triton")
+    assert torch.equal(got[-1:], attention(q[-1:], q[-1:], q[-1:], backend="triton"))
+    assert_as_reference(q[:2], q[:2], q[:2])
+
+
+@needs_gpu
+def test_a_tensor_beyond_2_to_the_31_elements():
+    """32-bit offsets wrap around there."""
+    total = 2**31 // (32 * 128) + 1000
+    kv = torch.zeros(total, 32, 128, device="cuda", dtype=torch.bfloat16)
+    tail = cuda(900, 32, 128)
+    kv[-900:] = tail
+    ends = torch.tensor([0, total - 900, total], dtype=torch.int32, device="cuda")
+    q_ends = torch.tensor([0, 0, 900], dtype=torch.int32, device="cuda")
+    got = attention(tail, kv, kv, cu_seqlens_q=q_ends, cu_seqlens_k=ends, causal=True, backend="triton")
+    assert torch.equal(got[None], attention(tail[None], tail[None], tail[None], causal=True, backend="triton"))
+
+
+@needs_gpu
+def test_strided_and_broadcast_keys_and_values():
+    qkv = cuda(2, 300, 3, 4, 64)
+    q, k, v = qkv.unbind(2)
+    assert_as_reference(q, k, v, causal=True)
+    assert_as_reference(q, k[:, :, :1].expand(-1, -1, 4, -1), v[:1].expand(2, -1, -1, -1))
+    assert_as_reference(q[..., 1:33], k[..., 1:33], v[..., 3:])
+
+
+def test_the_backend_says_what_it_lacks():
+    kinds = make_problem(Inputs(*[torch.zeros(1, 4, 2, 8, dtype=torch.float64)] * 3)).kinds
+    assert fa4_triton.BACKEND.missing(kinds, torch.device("cpu")) == ("dtype torch.float64",)
+
+
+def test_tiles_exist_for_every_head_dim_dtype_and_family():
+    for target, dim, dtype in itertools.product(ARCHITECTURES, (1, 16, 72, 96, 192, 256), (torch.half, torch.float32)):
+        kinds = make_problem(Inputs(*[torch.zeros(1, 4, 2, dim, dtype=dtype)] * 3)).kinds
+        for kernel in ("forward", "backward_kv", "backward_q"):
+            tile = tiles.tile_for(kernel, kinds, target)
+            assert min(tile.m, tile.n) >= 16, (target, dim, dtype, kernel)
