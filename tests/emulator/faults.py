@@ -82,6 +82,18 @@ def synchronisation_faults(kernel: Kernel) -> Iterator[Fault]:
                         lambda k, a=at, b=neighbour: _swap(k, a, b))  # fmt: skip
 
 
+def idle(fault: Fault, result) -> bool:
+    """Whether the unbroken run (`result`) shows that nothing depends on the broken instruction: a wait that only ever
+    found a fresh barrier, or an operation on barriers that nobody waits for in earnest in this problem (the first pass
+    of a ring, a producer's tail, a stage that this configuration does not use)."""
+    if not fault.text.startswith(("mbarrier.", "tcgen05.commit")) or fault.kind == "swap":
+        return False
+    if "wait.parity" in fault.text:
+        return fault.line not in result.real_waits
+    awaited = set().union(*result.real_waits.values())
+    return not result.barrier_uses.get(fault.line, set()) & awaited
+
+
 def data_path_faults(kernel: Kernel) -> Iterator[Fault]:
     """Descriptors off by 32 bytes, TMEM columns off by one."""
     for at, i in enumerate(kernel.instructions):

@@ -83,9 +83,12 @@ class Operand:
         return self.boxes * self.box_bytes
 
     def loads(self, map_register: str, barrier: str, first: int = 0) -> list[str]:
-        return [f"mov.b32 %r20, smem; add.s32 %r20, %r20, {self.start + n * self.box_bytes};\n"
-                "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r20], "
-                f"[{map_register}, {{{first + n * self.box[0]}, 0}}], [{barrier}];" for n in range(self.boxes)]  # fmt: skip
+        return [
+            f"mov.b32 %r20, smem; add.s32 %r20, %r20, {self.start + n * self.box_bytes};\n"
+            "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r20], "
+            f"[{map_register}, {{{first + n * self.box[0]}, 0}}], [{barrier}];"
+            for n in range(self.boxes)
+        ]
 
     def descriptor(self, step: int, sm90: bool) -> tuple[int, int]:
         """(byte offset from `smem`, upper bits) of the operand's descriptor for K step `step` of 32 bytes."""

@@ -527,6 +527,8 @@ class Result:
     steps: int
     async_steps: int
     counts: dict = field(default_factory=dict)
+    barrier_uses: dict = field(default_factory=dict)
+    real_waits: dict = field(default_factory=dict)
 
     def not_executed(self) -> list[str]:
         """Barrier and memory instructions that never ran, as `line: text`."""
@@ -565,6 +567,9 @@ class Machine:
         self.resident, self.max_steps = resident, max_steps
         self.executed = bytearray(len(program.nodes))
         self.counts: dict[str, int] = {}
+        # By line: which mbarriers (offsets) an instruction used, and which waits waited for a phase that had to happen.
+        self.barrier_uses: dict[int, set[int]] = {}
+        self.real_waits: dict[int, set[int]] = {}
         self.steps = self.async_steps = 0
         self.dirty = True
         self.clusters: list[Cluster] = []
@@ -611,7 +616,15 @@ class Machine:
                 self.dirty = True
                 self._run_until_a_cluster_ends()
         return Result(
-            self.races.reports, self.notes, self.executed, self.program, self.steps, self.async_steps, self.counts
+            self.races.reports,
+            self.notes,
+            self.executed,
+            self.program,
+            self.steps,
+            self.async_steps,
+            self.counts,
+            self.barrier_uses,
+            self.real_waits,
         )
 
     def _run_until_a_cluster_ends(self) -> None:

@@ -1,8 +1,8 @@
 """The fifth-generation tensor core: TMEM allocation, loads and stores, MMA, commit (PTX ISA 9.7.16).
 
 `tcgen05.mma` and `tcgen05.commit` of one warp run in order on that warp's pipe. `tcgen05.st` becomes visible at
-`wait::st` at the latest; an `ld` binds at issue, but its registers hold the values only after `wait::ld`, which also tells
-the race check how long the read lasted.
+`wait::st` at the latest; an `ld` binds at issue, but its registers hold the values only after `wait::ld`, which also
+tells the race check how long the read lasted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from . import handles, unsupported
 from .matrix import WORD, check_operand_bounds, decode_elements, operand_index
 from .mbarrier import barrier_at, used_by_async_proxy
 from .tma import _same_barrier
-
 
 UNDEFINED = 0x7FBADBAD
 """What registers hold between `tcgen05.ld` and its `wait::ld`: a NaN."""
