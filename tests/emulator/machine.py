@@ -567,9 +567,10 @@ class Machine:
         self.resident, self.max_steps = resident, max_steps
         self.executed = bytearray(len(program.nodes))
         self.counts: dict[str, int] = {}
-        # By line: which mbarriers (offsets) an instruction used, and which waits waited for a phase that had to happen.
-        self.barrier_uses: dict[int, set[int]] = {}
-        self.real_waits: dict[int, set[int]] = {}
+        # By line, as (offset, phase): which phase of which mbarrier an instruction worked on (0: initialised it), and
+        # which waits waited for a phase that had to happen first. Fault injection tells idle instructions by them.
+        self.barrier_uses: dict[int, set[tuple[int, int]]] = {}
+        self.real_waits: dict[int, set[tuple[int, int]]] = {}
         self.steps = self.async_steps = 0
         self.dirty = True
         self.clusters: list[Cluster] = []

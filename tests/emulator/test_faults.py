@@ -89,8 +89,6 @@ def test_broken_data_paths_are_all_caught():
 
 
 UPSTREAM_EQUIVALENT = {
-    ("swap", "<-> mbarrier.init"): "barriers are initialised by one thread before anyone uses them: the order is free",
-    ("swap", "<-> mbarrier.arrive"): "two arrivals by one thread with no access between them: the order is free",
     ("swap", "<-> bar.sync"): "an arrival and a barrier with no access between them: neither waits for the other",
     (
         "swap",
@@ -117,8 +115,8 @@ UPSTREAM_EQUIVALENT = {
 @pytest.mark.timeout(1500)
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs the package flash-attn-4")
 def test_the_published_forward_with_every_fault(monkeypatch):
-    """Every synchronisation and data-path fault of the SM100 forward at head_dim 128: five key tiles, so that every ring
-    wraps, and logits large enough to force rescaling."""
+    """Every synchronisation and data-path fault of the SM100 forward at head_dim 128: five key tiles, so that every
+    ring wraps, and logits large enough to force rescaling."""
     from . import test_upstream
 
     ptx, ir = test_upstream.artifacts(128, 1, False)
@@ -139,10 +137,10 @@ def test_the_published_forward_with_every_fault(monkeypatch):
 
     whole = load_program(ptx)
     reference = run(whole, 0)[2]
-    faults = [f for f in synchronisation_faults(whole.kernel) if not idle(f, reference)]
+    faults = [f for f in synchronisation_faults(whole.kernel) if not idle(whole.kernel, f, reference)]
     survivors = [f for f in faults if not caught(program_with(whole.kernel, f))]
     unexplained = [f for f in survivors if argument(f, UPSTREAM_EQUIVALENT) is None]
     assert not unexplained, "\n".join(map(str, unexplained))
-    assert len(survivors) <= 0.15 * len(faults)
+    assert len(survivors) <= 0.1 * len(faults)
     missed = [str(f) for f in data_path_faults(whole.kernel) if not caught(program_with(whole.kernel, f))]
     assert not missed, "\n".join(missed)

@@ -16,7 +16,6 @@ dispatch = pytest.importorskip("dispatch", reason="run from the repository's roo
 from fa4_core.checks import check_backward, check_forward  # noqa: E402
 from fa4_core.strategies import Case  # noqa: E402
 
-from .errors import OutOfBounds  # noqa: E402
 from .launcher import TRITON_TOLERATES  # noqa: E402
 from .triton_backend import emulated_triton  # noqa: E402
 
@@ -42,24 +41,7 @@ def lengths(features, pair):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "causal-gqa",
-        "window-softcap-sink",
-        pytest.param(
-            "varlen",
-            marks=pytest.mark.xfail(
-                raises=OutOfBounds,
-                strict=False,
-                reason=(
-                    "attention_backward_kv: a key tile past its sequence runs unmasked "
-                    "query tiles 0..begin and reads past q"
-                ),
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", FEATURES)
 @settings(max_examples=2, phases=(Phase.explicit, Phase.generate))
 @given(
     pair=st.tuples(st.integers(1, 90), st.integers(1, 90)),

@@ -16,7 +16,7 @@ def barrier_at(frame, address: int, line: int):
     barrier = cta.mbarriers.get(offset)
     if barrier is None:
         raise BarrierMisuse(f"line {line}: no mbarrier was initialised at 0x{offset:x} of CTA {cta.rank}")
-    frame.machine.barrier_uses.setdefault(line, set()).add(offset)
+    frame.machine.barrier_uses.setdefault(line, set()).add((offset, barrier.phase + 1))
     return barrier
 
 
@@ -79,7 +79,7 @@ def init(i, program):
             # A slot outlives its barrier when the memory is reused: stamps must keep rising.
             barrier.stamp_base = cta.mbarrier_stamps.get(offset, 0)
             cta.mbarriers[offset] = barrier
-            machine.barrier_uses.setdefault(i.line, set()).add(offset)
+            machine.barrier_uses.setdefault(i.line, set()).add((offset, 0))
             if machine.check_races:
                 cells = cta.shared_shadow.spans(np.array([[offset]]), 8)
                 slots = np.array([warp.id])
@@ -174,7 +174,7 @@ def wait(i, program):
             if barrier.phase < target:
                 return False
             if target > 0:
-                machine.real_waits.setdefault(i.line, set()).add(barrier.offset)
+                machine.real_waits.setdefault(i.line, set()).add((barrier.offset, target))
             for warp in current.warps:
                 warp.acquire(barrier.completed.generic, barrier.completed.proxy)
             return True
