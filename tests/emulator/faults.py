@@ -82,7 +82,7 @@ def synchronisation_faults(kernel: Kernel) -> Iterator[Fault]:
                         lambda k, a=at, b=neighbour: _swap(k, a, b))  # fmt: skip
 
 
-def idle(kernel: Kernel, fault: Fault, result) -> bool:
+def idle(fault: Fault, result) -> bool:
     """Whether the unbroken run (`result`) shows that nothing depends on the broken instruction.
 
     That is a wait that only ever found a fresh barrier (the first pass of a ring) or that only the warp's end follows
@@ -92,31 +92,12 @@ def idle(kernel: Kernel, fault: Fault, result) -> bool:
     if not fault.text.startswith(("mbarrier.", "tcgen05.commit")) or fault.kind == "swap":
         return False
     if "wait.parity" in fault.text:
-        return fault.line not in result.real_waits or _only_the_end_follows(kernel, fault.at)
+        return fault.line not in result.real_waits or fault.line not in result.consequential
     awaited = set().union(*result.real_waits.values())
     used = result.barrier_uses.get(fault.line, set())
     if fault.text.startswith("mbarrier.init"):
         return not {offset for offset, _ in used} & {offset for offset, _ in awaited}
     return not used & awaited
-
-
-def _only_the_end_follows(kernel: Kernel, at: int) -> bool:
-    """Whether every path from behind an instruction ends without a memory or matrix instruction of the warp."""
-    harmless = ("mbarrier.try_wait", "mbarrier.arrive", "barrier.arrive", "elect.", "ret", "exit")
-    pending, seen = [at + 1], set()
-    while pending:
-        n = pending.pop()
-        if n in seen or n >= len(kernel.instructions):
-            continue
-        seen.add(n)
-        i = kernel.instructions[n]
-        if not _is_simple(i) and not i.op.startswith(harmless):
-            return False
-        if i.parts[0] == "bra":
-            pending.append(i.operands[0].target)
-        if i.guard is not None or i.parts[0] not in ("bra", "ret", "exit"):
-            pending.append(n + 1)
-    return True
 
 
 def data_path_faults(kernel: Kernel) -> Iterator[Fault]:

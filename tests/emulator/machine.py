@@ -32,6 +32,16 @@ SHARED_RANK_SHIFT = 24
 """A shared::cluster address carries its CTA's rank from this bit on, so `mapa` and the DSL's `& 0xFEFFFFFF` (own
 address to the even CTA of a pair) work as on hardware."""
 
+_WITHOUT_CONSEQUENCE = (
+    "mbarrier.try_wait",
+    "mbarrier.arrive.expect_tx",
+    "elect.",
+    "ret",
+    "exit",
+    "ld.param",
+    "setmaxnreg",
+)
+
 EXIT = object()
 SPLIT = object()
 
@@ -95,6 +105,7 @@ class Warp:
         self.pending_tmem_loads: list = []
         self.registers: int | None = None
         self.cluster_generation: int | None = None
+        self.open_waits: set[int] = set()
 
     def tick(self) -> int:
         """Advances the warp's own stamp; returns the old one."""
@@ -529,6 +540,7 @@ class Result:
     counts: dict = field(default_factory=dict)
     barrier_uses: dict = field(default_factory=dict)
     real_waits: dict = field(default_factory=dict)
+    consequential: set = field(default_factory=set)
 
     def not_executed(self) -> list[str]:
         """Barrier and memory instructions that never ran, as `line: text`."""
@@ -571,6 +583,8 @@ class Machine:
         # which waits waited for a phase that had to happen first. Fault injection tells idle instructions by them.
         self.barrier_uses: dict[int, set[tuple[int, int]]] = {}
         self.real_waits: dict[int, set[tuple[int, int]]] = {}
+        # Lines of waits behind which their warp did something that could depend on them.
+        self.consequential: set[int] = set()
         self.steps = self.async_steps = 0
         self.dirty = True
         self.clusters: list[Cluster] = []
@@ -626,6 +640,7 @@ class Machine:
             self.counts,
             self.barrier_uses,
             self.real_waits,
+            self.consequential,
         )
 
     def _run_until_a_cluster_ends(self) -> None:
@@ -756,6 +771,11 @@ class Machine:
                 return True
             if mask is None and active.all():
                 active = None
+        if not instruction.op.startswith(_WITHOUT_CONSEQUENCE):
+            for warp in frame.warps:
+                if warp.open_waits:
+                    self.consequential |= warp.open_waits
+                    warp.open_waits.clear()
         answer = node.execute(frame, active)
         if answer is None:
             group.pc = node.next_pc

@@ -137,7 +137,7 @@ def test_the_published_forward_with_every_fault(monkeypatch):
 
     whole = load_program(ptx)
     reference = run(whole, 0)[2]
-    faults = [f for f in synchronisation_faults(whole.kernel) if not idle(whole.kernel, f, reference)]
+    faults = [f for f in synchronisation_faults(whole.kernel) if not idle(f, reference)]
     survivors = [f for f in faults if not caught(program_with(whole.kernel, f))]
     unexplained = [f for f in survivors if argument(f, UPSTREAM_EQUIVALENT) is None]
     assert not unexplained, "\n".join(map(str, unexplained))

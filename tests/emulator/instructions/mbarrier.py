@@ -168,6 +168,8 @@ def wait(i, program):
             frame.write(destination, np.zeros(frame.lanes, bool), mask)
             return None
         frame.write(destination, np.ones(frame.lanes, bool), mask)
+        for warp, _ in frame.active(mask):
+            warp.open_waits.add(i.line)
         target = barrier.phase + (0 if barrier.passes(parity) else 1)
 
         def passed(current):
