@@ -602,14 +602,6 @@ class Machine:
                  128: np.zeros((rows[128], lanes, 2), np.uint64)}  # fmt: skip
         return banks
 
-    def global_access(
-        self, frame, mask, addresses, size, instruction, write: bool, atomic: bool = False, sizes=None
-    ) -> None:
-        pass
-
-    def global_tensor_access(self, cta, tmap, coordinates, line: int, write: bool, atomic: bool = False) -> None:
-        pass
-
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)

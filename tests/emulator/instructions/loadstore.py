@@ -163,7 +163,6 @@ def load(i, program):
                 raw = np.concatenate((first, frame.machine.memory.load(addresses + np.uint64(16), 16, i.line)), 1)
             else:
                 raw = frame.machine.memory.load(addresses, size, i.line)
-            frame.machine.global_access(frame, mask, addresses, size, i, write=False)
         elif where == "param":
             offsets = addresses if space == "generic" else addresses - np.uint64(PARAM_WINDOW)
             raw = frame.machine.params[offsets[:, None].astype(np.int64) + np.arange(size)]
@@ -219,7 +218,6 @@ def store(i, program):
                 access.record(mask, write=True, same_value=same.all(1) if same.ndim == 2 else same)
             view[index] = units
         elif where == "global":
-            frame.machine.global_access(frame, mask, addresses, size, i, write=True)
             if size == 32:
                 frame.machine.memory.store(addresses, 16, units[:, :2], i.line)
                 frame.machine.memory.store(addresses + np.uint64(16), 16, units[:, 2:], i.line)
@@ -323,7 +321,6 @@ def atomic(i, program):
             machine = frame.machine
             allocation, start = machine.memory.locate_elements(addresses, size, element, i.line, i.parts[0])
             memory, index = allocation.view(element).view(dtype), start
-            machine.global_access(frame, mask, addresses, size, i, write=True, atomic=True)
         else:
             raise unsupported(i)
         places = index[:, None] + np.arange(size // element)
@@ -433,7 +430,6 @@ def copy_async(i, program):
             machine.dirty = True
             return True
 
-        machine.global_access(frame, mask, source, size, i, write=False, sizes=given)
         frame.cluster.loose.append(land)
 
     return execute

@@ -157,8 +157,6 @@ def _load_op(machine, tmap, coordinates, cta, chunks, barrier, clocks, line):
         part = _global_window(machine, tmap, coordinates, line)
         if part is not None:
             box[part[0]] = part[1]
-        if machine.check_races:
-            machine.global_tensor_access(cta, tmap, coordinates, line, write=False)
         cta.shared_views[16][chunks] = box.reshape(-1).view(np.uint64).reshape(-1, 2)
         _complete(barrier, tmap.box_bytes, clocks)
         machine.count("bulk copies")
@@ -189,10 +187,6 @@ def _tensor_store(i, reduction):
 
             def write(raw, tmap=tmap, coordinates=coordinates, cta=cta):
                 part = _global_window(machine, tmap, coordinates, i.line)
-                if machine.check_races:
-                    machine.global_tensor_access(
-                        cta, tmap, coordinates, i.line, write=True, atomic=reduction is not None
-                    )
                 if part is None:
                     return
                 slices, view = part
