@@ -6,7 +6,6 @@ Exits 1 if anything is unsupported. `--replay FILE [--seed N]` runs a launch tha
 from __future__ import annotations
 
 import argparse
-import pickle
 import sys
 from collections import Counter
 from pathlib import Path
@@ -71,8 +70,8 @@ def _handled(program: Program) -> int:
 
 
 def replay(path: Path, seed: int | None) -> int:
-    """Runs a saved launch; returns 1 if it fails or races. Load only files that your own test run wrote."""
-    recording: Recording = pickle.loads(path.read_bytes())
+    """Runs a saved launch; returns 1 if it fails or races."""
+    recording = Recording.load(path)
     seed = recording.seed if seed is None else seed
     print(f"{recording.kernel}: grid {recording.grid}, block {recording.block}, seed {seed}")
     try:

@@ -7,11 +7,13 @@ tensors and are read and written in place. What a GPU would fault or hang on rai
 
 from __future__ import annotations
 
+import pickle
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
@@ -141,6 +143,18 @@ class Recording:
         memory = [(a.address, a.size, a.name, a.bytes(a.address, a.size).tobytes()) for a in setup.global_memory]
         return cls(setup.program.kernel.name, setup.packed(), memory, dict(setup.tensor_maps), grid, block, seed,
                    dict(options), setup.program.kernel.text)  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        """Writes plain data, so that it loads whatever name this package was imported under."""
+        maps = {index: asdict(tensor_map) for index, tensor_map in self.tensor_maps.items()}
+        path.write_bytes(pickle.dumps({**vars(self), "tensor_maps": maps}))
+
+    @classmethod
+    def load(cls, path: Path) -> Recording:
+        """Load only files that your own test run wrote: they are pickles."""
+        fields = pickle.loads(path.read_bytes())
+        fields["tensor_maps"] = {index: TensorMap(**each) for index, each in fields["tensor_maps"].items()}
+        return cls(**fields)
 
     def run(self, seed: int | None = None) -> Result:
         """Runs the launch again, on copies of its arrays. Races are in the result."""

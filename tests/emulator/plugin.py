@@ -7,7 +7,6 @@ A test module outside this folder imports the two names it needs:
 
 from __future__ import annotations
 
-import pickle
 import re
 import tempfile
 from pathlib import Path
@@ -58,6 +57,6 @@ def pytest_runtest_makereport(item, call):
         folder = Path(tempfile.gettempdir()) / "emulator-failures"
         folder.mkdir(exist_ok=True)
         path = folder / (re.sub(r"[^\w.-]+", "_", item.name)[:80] + ".pickle")
-        path.write_bytes(pickle.dumps(_last[0]))
+        _last[0].save(path)
         report.sections.append(("Emulator", f"replay the last launch with: python -m tests.emulator --replay {path}"))
     return report

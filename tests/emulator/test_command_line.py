@@ -1,7 +1,5 @@
 """The command line, the fixture, and the replay of a failed launch."""
 
-import pickle
-
 import numpy as np
 
 from . import launcher
@@ -39,7 +37,7 @@ def test_a_recording_replays_without_the_arrays_it_was_made_with(emulator, tmp_p
     finally:
         launcher.on_launch = kept
     path = tmp_path / "launch.pickle"
-    path.write_bytes(pickle.dumps(recordings[0]))
+    recordings[0].save(path)
     assert main(["--replay", str(path)]) == 1
     assert "write-after-write race" in capsys.readouterr().out
 

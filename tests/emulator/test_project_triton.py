@@ -42,7 +42,7 @@ def lengths(features, pair):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", FEATURES)
-@settings(max_examples=2, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=5, phases=(Phase.explicit, Phase.generate))
 @given(
     pair=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     scores=st.sampled_from(("normal", "rising", "large")),
@@ -60,7 +60,7 @@ def test_forward_and_backward_are_within_their_budget(capability, name, pair, sc
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@settings(max_examples=2, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=5, phases=(Phase.explicit, Phase.generate))
 @given(pair=st.tuples(st.integers(60, 140), st.integers(60, 140)), seed=st.integers(0, 63))
 def test_forward_of_fp16_at_head_dim_128(capability, pair, seed):
     """Other tiles of the project's table: more warps, wider accumulators, deeper pipelines."""
