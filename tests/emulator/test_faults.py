@@ -89,8 +89,8 @@ def test_broken_data_paths_are_all_caught():
 
 
 _LAST_WAIT = (
-    "a role's last wait: only its arrival at the barrier before the dealloc follows, and the warps that touch TMEM arrive "
-    "there after their own accesses"
+    "a role's last wait: only its arrival at the barrier before the dealloc follows, and the warps that touch TMEM "
+    "arrive there after their own accesses"
 )
 
 UPSTREAM_EQUIVALENT = {
