@@ -1,5 +1,7 @@
 """The `emulator` fixture and the markers of its slow groups."""
 
+import pytest
+
 from .plugin import emulator, pytest_runtest_makereport  # noqa: F401
 
 
@@ -10,11 +12,7 @@ def pytest_configure(config) -> None:
 
 def pytest_collection_modifyitems(config, items) -> None:
     """The marked groups run only when asked for with `-m`."""
-    import pytest
-
-    if config.option.markexpr:
-        return
     for item in items:
         for name in ("upstream", "faults_full"):
-            if item.get_closest_marker(name):
+            if item.get_closest_marker(name) and name not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason=f"slow group: run with -m {name}"))
