@@ -123,7 +123,7 @@ def _plan(name: str, kinds: Kinds, device: torch.device) -> _Plan:
         ("DIM_V", kinds.head_dim_v),
         ("TILE_M", tile.m),
         ("TILE_N", tile.n),
-        ("PRECISION", "ieee" if kinds.dtype == torch.float32 else "tf32"),
+        ("PRECISION", "ieee"),
     ]
     if name == "forward":
         constants.append(("OVERLAP", tile.overlap))
