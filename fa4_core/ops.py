@@ -243,7 +243,7 @@ def _is_plain(*tensors: Tensor | None) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._is_torch_function_mode_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
         and not torch._C._is_any_autocast_enabled()
         and all(t is None or (type(t) in _PLAIN and (t.is_cuda or t.is_cpu)) for t in tensors)
     )

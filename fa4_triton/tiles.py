@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton
 from triton.backends.compiler import GPUTarget
 
 from fa4_core.problem import Kinds
@@ -39,7 +38,7 @@ def family_of(target: GPUTarget) -> str:
     """The row of the table for a compilation target; consumer parts, and NVIDIA parts yet unknown, are "small"."""
     if target.backend == "hip":
         return "amd"
-    return _FAMILIES.get(target.arch, "small")
+    return _FAMILIES.get(int(target.arch), "small")
 
 
 # (kernel, 16-bit elements) -> {widest head dimension, as a power of two: tile}, by family.
@@ -82,7 +81,7 @@ def tile_for(kernel: str, kinds: Kinds, target: GPUTarget | None) -> Tile:
     """The tile of `kernel` ("forward", "backward_kv", "backward_q"); a target of None is Triton's interpreter."""
     if target is None:
         return _INTERPRETED[kernel]
-    dim = max(64, triton.next_power_of_2(max(kinds.head_dim, kinds.head_dim_v)))
+    dim = next(dim for dim in (64, 128, 256) if max(kinds.head_dim, kinds.head_dim_v) <= dim)
     if kinds.dtype.itemsize == 4:
         return _32_BIT[kernel][dim]
     tile = _16_BIT[family_of(target)][kernel][dim]

@@ -252,3 +252,18 @@ def test_tiles_exist_for_every_head_dim_dtype_and_family():
         for kernel in ("forward", "backward_kv", "backward_q"):
             tile = tiles.tile_for(kernel, kinds, target)
             assert min(tile.m, tile.n) >= 16, (target, dim, dtype, kernel)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_the_tuner_compiles_its_candidates(monkeypatch):
+    """The tuner reaches into the launcher; a change there would show only on a GPU."""
+    from benchmarks import tune
+
+    monkeypatch.setattr(tune, "TOKENS", 256)
+    monkeypatch.setattr(tune, "TARGET", GPUTarget("cuda", 90, 32))
+    for name in ("target_of", "tile_for", "_launch"):
+        monkeypatch.setattr(launch, name, getattr(launch, name))
+    found = tune.jobs(list(tune.KERNELS), [64])
+    for kernel in tune.KERNELS:
+        assert tune.compile_ahead(next(job for job in found if job.kernel == kernel)) is None
+    launch._plan.cache_clear()
