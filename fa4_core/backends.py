@@ -28,7 +28,7 @@ class Backend(ABC):
     """One implementation of attention: what it supports, and how it runs a problem.
 
     `forward` and `backward` may assume a checked problem that `missing` had no objection to, with q, k and v of a
-    contiguous last dimension whose size is a multiple of `head_dim_multiple`.
+    contiguous last dimension whose size is a multiple of `head_dim_multiple`, and the other tensors contiguous.
     """
 
     name: str

@@ -109,10 +109,9 @@ def _with_head_dims(problem: Problem, head_dim: int, head_dim_v: int) -> Problem
 
 
 def _fitted(problem: Problem, inputs: Inputs, multiple: int) -> tuple[Problem, Inputs]:
-    """The problem as the backend's kernels take it: head dims padded to `multiple`, contiguous last dimensions."""
+    """The problem as the backend's kernels take it (see `Backend`): head dims padded to `multiple`, vectors packed."""
     q, k, v = (_pad_head_dim(t, multiple) for t in inputs[:3])
-    if q is not inputs.q or k is not inputs.k or v is not inputs.v:
-        inputs = inputs._replace(q=q, k=k, v=v)
+    inputs = Inputs(q, k, v, *[t if t is None else t.contiguous() for t in inputs[3:]])
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     if (head_dim, head_dim_v) != (problem.kinds.head_dim, problem.kinds.head_dim_v):
         problem = _with_head_dims(problem, head_dim, head_dim_v)

@@ -45,7 +45,8 @@ def _described(tensor: Tensor, rows: int, wanted: bool) -> tuple[Strided, Tensor
     batch = tensor.shape[0] if tensor.dim() == 4 else 1
     if not wanted or dim & (dim - 1) or dim < 16 or tensor.numel() == 0:
         return plain, None
-    if plain.stride_h == dim and (batch == 1 or plain.stride_b == seqlen * plain.stride_s):
+    side_by_side = plain.stride_h == dim and plain.stride_s >= heads * dim
+    if side_by_side and (batch == 1 or plain.stride_b == seqlen * plain.stride_s):
         shape, stride = [batch * seqlen, heads * dim], plain.stride_s
         strided = Strided(None, seqlen, dim, 0, None)
     elif (
@@ -67,6 +68,10 @@ def _statistics(tensor: Tensor | None) -> Statistics:
     if tensor.dim() == 2:
         return Statistics(tensor, 0, tensor.stride(1), tensor.stride(0))
     return Statistics(tensor, tensor.stride(0), tensor.stride(2), tensor.stride(1))
+
+
+def _dtype(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
 
 
 def _sequences(problem: Problem, inputs: Inputs) -> Sequences:
@@ -107,7 +112,7 @@ class _Plan(NamedTuple):
 
     tile: Tile
     constants: tuple[tuple[str, Any], ...]
-    compiled: dict[tuple[bool, ...], CompiledKernel]
+    compiled: dict[tuple, CompiledKernel]
 
 
 @functools.cache
@@ -130,10 +135,10 @@ def _plan(name: str, kinds: Kinds, device: torch.device) -> _Plan:
     return _Plan(tile, tuple(constants), {})
 
 
-def _launch(kernel: Any, plan: _Plan, device: torch.device, grid: int, args: tuple, layout: tuple[bool, ...]) -> None:
+def _launch(kernel: Any, plan: _Plan, device: torch.device, grid: int, args: tuple, layout: tuple) -> None:
     """Launches `grid` programs on the device's current stream.
 
-    layout: what the compiled kernel assumes of the arguments beyond the problem's kinds; its last entry is "aligned".
+    layout: what the compiled kernel takes from the arguments beyond the problem's kinds; its last entry is "aligned".
     """
     if grid == 0:
         return
@@ -190,7 +195,7 @@ def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> t
         _values(problem), problem.heads_q, k_descriptor, v_descriptor,
         _statistics(None if counts is None else counts[..., 0]),
     )  # fmt: skip
-    layout = (counts is not None, k_descriptor is not None, v_descriptor is not None, aligned)
+    layout = (_dtype(inputs.sink), counts is not None, k_descriptor is not None, v_descriptor is not None, aligned)
     _launch(attention_forward, plan, device, grid, args, layout)
     return out, lse
 
@@ -213,7 +218,7 @@ def backward(
         _rows(dout), _rows(out), _statistics(lse), _statistics(dlse), _statistics(slope), sink, parts, sequences,
         problem.heads_q,
     )  # fmt: skip
-    _launch(row_slopes, plan, device, grid, args, (dlse is not None, aligned and is_aligned(out)))
+    _launch(row_slopes, plan, device, grid, args, (_dtype(sink), dlse is not None, aligned and is_aligned(out)))
 
     statistics = (_statistics(lse), _statistics(slope))
     plan = _plan("backward_kv", kinds, device)

@@ -122,3 +122,23 @@ def test_values_of_one_give_one(target, len_q, len_k, seed):
     sees_keys = torch.arange(len_q, device=target.device) >= len_q - len_k
     want = sees_keys.to(out.dtype)[None, :, None, None].expand_as(out)
     torch.testing.assert_close(out, want, atol=1e-3, rtol=0.0)
+
+
+def test_a_strided_sink_and_strided_index_tensors_are_read_as_they_are(target):
+    """A kernel that takes a vector's pointer alone reads the elements between, here NaN and lengths past the end."""
+    case = Case(
+        **D64, heads_q=2, lengths=((20, 30), (5, 9)), varlen=True, used=((18, 5), (30, 4)), sink="normal", seed=3
+    )
+    q, k, v, options, dout, _ = case.build(target.device)
+
+    def spread(tensor):
+        between = torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 2**30)
+        return torch.stack((tensor, between), 1)[:, 0]
+
+    vectors = {name: t.detach() for name, t in options.items() if isinstance(t, torch.Tensor)}
+    results = []
+    for arranged in (vectors, {name: spread(t) for name, t in vectors.items()}):
+        leaves = [t.detach().requires_grad_() for t in (q, k, v, arranged["sink"])]
+        out = target(*leaves[:3], **{**options, **arranged, "sink": leaves[3]})
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, dout)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))

@@ -169,6 +169,13 @@ def test_descriptors_and_pointers_give_the_same_bits(dim, causal, heads_first, m
     assert_as_reference(q, k, v, causal=causal)
 
 
+def test_no_descriptor_is_made_over_rows_that_overlap():
+    """One key seen at every position has a row stride of 0, which the driver's call for a descriptor refuses."""
+    rows = torch.zeros(1, 1, 2, 64).expand(1, 4096, 2, 64)
+    assert launch._described(rows, 64, True)[1] is None
+    assert launch._described(rows.contiguous(), 64, True)[1] is not None
+
+
 @needs_gpu
 def test_descriptors_do_not_leak_the_next_sequence(monkeypatch):
     """A descriptor sees the whole tensor: rows past a sequence are its neighbour's, here NaN."""

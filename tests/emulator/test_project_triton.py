@@ -69,3 +69,11 @@ def test_forward_of_fp16_at_head_dim_128(capability, pair, seed):
     with emulated_triton(capability, seed=seed, tolerate=TOLERATED.get(capability, TRITON_TOLERATES)):
         report = check_forward(attention, call.q, call.k, call.v, **call.options)
     assert report.passed, f"sm_{capability}, schedule {seed}: {case!r}\n{report}"
+
+
+def test_sinks_of_different_dtypes_do_not_share_a_kernel():
+    """Seen: the kernel compiled for the first call's float32 sink read the next one's bfloat16 sink out of bounds."""
+    q, sink = torch.randn(1, 40, 4, 16, dtype=torch.float16), torch.randn(4)
+    with emulated_triton(80):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            check_backward(attention, q, q, q, dout=torch.ones_like(q), sink=sink.to(dtype)).require()
