@@ -82,8 +82,7 @@ def compile_ahead(job: Job) -> str | None:
     """Compiles the job's kernel into Triton's disk cache; returns why it cannot be, or None. Needs no CUDA context."""
 
     def run(kernel, plan, device, grid, args, layout):
-        options = {"num_warps": plan.tile.warps, "num_stages": plan.tile.stages}
-        launch.compile_kernel(kernel, args, dict(plan.constants), options, TARGET, layout[-1])
+        launch.compile_planned(kernel, plan, args, TARGET, layout)
 
     launch.target_of, launch.tile_for = (lambda device: TARGET), (lambda *_: job.tile)
     launch._launch = _only(job, run)

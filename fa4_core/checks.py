@@ -35,15 +35,15 @@ def _underflow(dtype: torch.dtype) -> float:
     return max(info.tiny * info.eps, torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny)
 
 
+UNDERFLOW = 2.0**-100
+"""An error that is always allowed: a GPU flushes probabilities below 2^-126 to zero, and they multiply values."""
+
+
 class Expected(NamedTuple):
     """What a result must be: the float64 value and how far each row may be from it (broadcasts over the value)."""
 
     value: Tensor
     budget: Tensor
-
-
-UNDERFLOW = 2.0**-100
-"""An error that is always allowed: a GPU flushes probabilities below 2^-126 to zero, and they multiply values."""
 
 
 @dataclass(frozen=True)

@@ -220,10 +220,12 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("attention: its gradients cannot be differentiated again")
 
 
+def _needs_grad(*args) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
+
+
 def _differentiable(*args):
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
-        return _Attention.apply(*args)
-    return _below_autograd(*args)
+    return _Attention.apply(*args) if _needs_grad(*args) else _below_autograd(*args)
 
 
 def _below_autograd(*args):
@@ -253,9 +255,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def attention(*args):
     """`torch.ops.fa4.attention`, called without the dispatcher where only autograd would take part."""
-    if _is_plain(*args[:_N_TENSORS]):
-        return _differentiable(*args)
-    return torch.ops.fa4.attention(*args)
+    if not _is_plain(*args[:_N_TENSORS]):
+        return torch.ops.fa4.attention(*args)
+    return _Attention.apply(*args) if _needs_grad(*args) else _forward(*args)
 
 
 def autocast(inputs: Inputs) -> Inputs:

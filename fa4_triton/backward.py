@@ -95,7 +95,6 @@ def attention_backward_kv(
     DIM_V: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Writes dK and dV for TILE_N keys of one KV head, summing over its group of query heads in order."""
     D: tl.constexpr = block_of(DIM)
@@ -129,15 +128,15 @@ def attention_backward_kv(
         head_q = head * GROUP + member
         dk_acc, dv_acc = add_queries(
             k_tile, v_tile, q, dout, lse, slope, span_q, span_k, head_q, dk_acc, dv_acc, first, values, begin,
-            inner_begin, True, DIM, DIM_V, TILE_M, PRECISION,
+            inner_begin, True, DIM, DIM_V, TILE_M,
         )  # fmt: skip
         dk_acc, dv_acc = add_queries(
             k_tile, v_tile, q, dout, lse, slope, span_q, span_k, head_q, dk_acc, dv_acc, first, values, inner_begin,
-            inner_end, False, DIM, DIM_V, TILE_M, PRECISION,
+            inner_end, False, DIM, DIM_V, TILE_M,
         )  # fmt: skip
         dk_acc, dv_acc = add_queries(
             k_tile, v_tile, q, dout, lse, slope, span_q, span_k, head_q, dk_acc, dv_acc, first, values, inner_end, end,
-            True, DIM, DIM_V, TILE_M, PRECISION,
+            True, DIM, DIM_V, TILE_M,
         )  # fmt: skip
     dk_acc *= values.scale
     store_rows(dk, span_k, head, first, dk_acc, TILE_N, DIM, D)
@@ -147,7 +146,7 @@ def attention_backward_kv(
 @triton.jit
 def add_queries(
     k_tile, v_tile, q, dout, lse, slope, span_q, span_k, head_q, dk_acc, dv_acc, first_k, values, begin, end,
-    MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_M: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_M: tl.constexpr,
 ):  # fmt: skip
     """Adds the query tiles begin to end of one head to (dk_acc, dv_acc); scores are transposed, keys by rows."""
     TILE_N: tl.constexpr = k_tile.shape[0]
@@ -160,7 +159,7 @@ def add_queries(
         row = first + tl.arange(0, TILE_M)
         q_tile = load_zeroed(q, span_q, head_q, first, MASKED, TILE_M, DIM, D)
         row_lse = load_lse(lse_base + row * lse.stride_s, row < span_q.length, MASKED)
-        scores, slope_factor = score_slope(values, tl.dot(k_tile, q_tile.T, input_precision=PRECISION))
+        scores, slope_factor = score_slope(values, tl.dot(k_tile, q_tile.T, input_precision="ieee"))
         p = tl.exp2(scores - row_lse[None, :])
         if MASKED:
             key = first_k + tl.arange(0, TILE_N)
@@ -168,12 +167,12 @@ def add_queries(
             # Rows past the end are zeros, and 0 times an infinite key is a score of NaN.
             p = tl.where(seen & (row < span_q.length)[None, :], p, 0.0)
         do_tile = load_zeroed(dout, span_q, head_q, first, MASKED, TILE_M, DIM_V, DV)
-        dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision=PRECISION)
+        dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision="ieee")
         row_slope = load_statistic(slope_base + row * slope.stride_s, row < span_q.length, 0.0, MASKED)
-        ds = p * (tl.dot(v_tile, do_tile.T, input_precision=PRECISION) - row_slope[None, :])
+        ds = p * (tl.dot(v_tile, do_tile.T, input_precision="ieee") - row_slope[None, :])
         if values.softcap is not None:
             ds = ds * slope_factor
-        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
+        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
     return dk_acc, dv_acc
 
 
@@ -209,7 +208,6 @@ def attention_backward_q(
     DIM_V: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Writes dQ for TILE_M rows of one query head."""
     D: tl.constexpr = block_of(DIM)
@@ -244,16 +242,16 @@ def attention_backward_q(
     inner_begin = tl.minimum(inner_begin, inner_end)
     dq_acc = add_keys(
         q_tile, do_tile, row_lse, row_slope, k, v, span_q, span_k, head // GROUP, dq_acc, row, values,
-         inner_begin, inner_end, False, DIM, DIM_V, TILE_N, PRECISION,
+        inner_begin, inner_end, False, DIM, DIM_V, TILE_N,
     )  # fmt: skip
     dq_acc = add_keys(
         q_tile, do_tile, row_lse, row_slope, k, v, span_q, span_k, head // GROUP, dq_acc, row, values,
-         inner_end, end, True, DIM, DIM_V, TILE_N, PRECISION,
+        inner_end, end, True, DIM, DIM_V, TILE_N,
     )  # fmt: skip
     if values.left is not None:
         dq_acc = add_keys(
             q_tile, do_tile, row_lse, row_slope, k, v, span_q, span_k, head // GROUP, dq_acc, row, values,
-             begin, inner_begin, True, DIM, DIM_V, TILE_N, PRECISION,
+            begin, inner_begin, True, DIM, DIM_V, TILE_N,
         )  # fmt: skip
     dq_acc *= values.scale
     store_rows(dq, span_q, head, first, dq_acc, TILE_M, DIM, D)
@@ -262,7 +260,7 @@ def attention_backward_q(
 @triton.jit
 def add_keys(
     q_tile, do_tile, row_lse, row_slope, k, v, span_q, span_k, head_kv, dq_acc, row, values, begin, end,
-    MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """Adds the key tiles begin to end to dq_acc."""
     D: tl.constexpr = q_tile.shape[1]
@@ -271,13 +269,13 @@ def add_keys(
         first = i * TILE_N
         k_tile = load_zeroed(k, span_k, head_kv, first, MASKED, TILE_N, DIM, D)
         v_tile = load_rows(v, span_k, head_kv, first, MASKED, TILE_N, DIM_V, DV)
-        scores, slope_factor = score_slope(values, tl.dot(q_tile, k_tile.T, input_precision=PRECISION))
+        scores, slope_factor = score_slope(values, tl.dot(q_tile, k_tile.T, input_precision="ieee"))
         p = tl.exp2(scores - row_lse[:, None])
-        ds = p * (tl.dot(do_tile, v_tile.T, input_precision=PRECISION) - row_slope[:, None])
+        ds = p * (tl.dot(do_tile, v_tile.T, input_precision="ieee") - row_slope[:, None])
         if values.softcap is not None:
             ds = ds * slope_factor
         if MASKED:
             key = first + tl.arange(0, TILE_N)
             ds = tl.where(visible(values, row[:, None], key[None, :], span_q.length, span_k.length), ds, 0.0)
-        dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision=PRECISION)
+        dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision="ieee")
     return dq_acc

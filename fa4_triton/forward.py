@@ -50,7 +50,6 @@ def attention_forward(
     DIM_V: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
-    PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Writes out and lse for TILE_M rows; the grid is one-dimensional, tiles fastest, then heads, then batch.
@@ -90,22 +89,20 @@ def attention_forward(
     )
     end = tl.where(first < span_q.length, end, begin)
     inner_end = tl.minimum(inner_end, end)
-    state = visit(
-        q_tile, k, v, span_q, span_k, head_kv, state, row, values, inner_end, end, True, DIM, DIM_V, TILE_N, PRECISION
-    )
+    state = visit(q_tile, k, v, span_q, span_k, head_kv, state, row, values, inner_end, end, True, DIM, DIM_V, TILE_N)
     if OVERLAP:
         state = visit_overlapped(
-            q_tile, k, v, span_k, head_kv, state, values, inner_begin, inner_end, DIM, DIM_V, TILE_N, PRECISION
+            q_tile, k, v, span_k, head_kv, state, values, inner_begin, inner_end, DIM, DIM_V, TILE_N
         )
     else:
         state = visit(
             q_tile, k, v, span_q, span_k, head_kv, state, row, values, inner_begin, inner_end, False, DIM, DIM_V,
-            TILE_N, PRECISION,
+            TILE_N,
         )  # fmt: skip
     if values.left is not None:
         state = visit(
             q_tile, k, v, span_q, span_k, head_kv, state, row, values, begin, tl.minimum(inner_begin, inner_end), True,
-            DIM, DIM_V, TILE_N, PRECISION,
+            DIM, DIM_V, TILE_N,
         )  # fmt: skip
     acc, row_max, row_sum, skips = state
 
@@ -145,20 +142,20 @@ def fold(scores, factor, state, threshold):
 @triton.jit
 def visit(
     q_tile, k, v, span_q, span_k, head_kv, state, row, values, begin, end,
-    MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """Folds the key tiles begin to end, the last one first, into the state (acc, row_max, row_sum, skips)."""
     for i in range(begin, end):
         first = (end - 1 - (i - begin)) * TILE_N
         k_tile = load_rows(k, span_k, head_kv, first, MASKED, TILE_N, DIM, q_tile.shape[1])
-        scores, factor = log2_scores(values, tl.dot(q_tile, k_tile.T, input_precision=PRECISION))
+        scores, factor = log2_scores(values, tl.dot(q_tile, k_tile.T, input_precision="ieee"))
         if MASKED:
             key = first + tl.arange(0, TILE_N)
             seen = visible(values, row[:, None], key[None, :], span_q.length, span_k.length)
             scores = tl.where(seen, scores, float("-inf"))
         p, state = fold(scores, factor, state, values.threshold)
         v_tile = load_zeroed(v, span_k, head_kv, first, MASKED, TILE_N, DIM_V, state[0].shape[1])
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, state[0], input_precision=PRECISION)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, state[0], input_precision="ieee")
         state = (acc, state[1], state[2], state[3])
     return state
 
@@ -166,7 +163,7 @@ def visit(
 @triton.jit
 def visit_overlapped(
     q_tile, k, v, span_k, head_kv, state, values, begin, end,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """`visit` without a mask, on Hopper, with q k^T of the next tile in flight during the softmax of this one.
 
@@ -181,22 +178,22 @@ def visit_overlapped(
     if begin < end:
         last = (end - 1) * TILE_N
         k_tile = load_rows(k, span_k, head_kv, last, False, TILE_N, DIM, D)
-        scores, factor = log2_scores(values, tl.dot(q_tile, k_tile.T, input_precision=PRECISION))
+        scores, factor = log2_scores(values, tl.dot(q_tile, k_tile.T, input_precision="ieee"))
         k_tile = load_rows(k, span_k, head_kv, tl.maximum(last - TILE_N, 0), False, TILE_N, DIM, D)
-        products = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+        products = tl.dot(q_tile, k_tile.T, input_precision="ieee")
         p, state = fold(scores, factor, state, values.threshold)
         bits = p.to(q_tile.dtype).to(tl.int16, bitcast=True)
         for i in range(1, end - begin):
             first = last - i * TILE_N
             v_tile = load_rows(v, span_k, head_kv, first + TILE_N, False, TILE_N, DIM_V, DV)
-            acc = tl.dot(bits.to(q_tile.dtype, bitcast=True), v_tile, state[0], input_precision=PRECISION)
+            acc = tl.dot(bits.to(q_tile.dtype, bitcast=True), v_tile, state[0], input_precision="ieee")
             products = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [products], tl.float32, False, 1)
             scores, factor = log2_scores(values, products)
             k_tile = load_rows(k, span_k, head_kv, tl.maximum(first - TILE_N, 0), False, TILE_N, DIM, D)
-            products = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+            products = tl.dot(q_tile, k_tile.T, input_precision="ieee")
             p, state = fold(scores, factor, (acc, state[1], state[2], state[3]), values.threshold)
             bits = p.to(q_tile.dtype).to(tl.int16, bitcast=True)
         v_tile = load_rows(v, span_k, head_kv, begin * TILE_N, False, TILE_N, DIM_V, DV)
-        acc = tl.dot(bits.to(q_tile.dtype, bitcast=True), v_tile, state[0], input_precision=PRECISION)
+        acc = tl.dot(bits.to(q_tile.dtype, bitcast=True), v_tile, state[0], input_precision="ieee")
         state = (acc, state[1], state[2], state[3])
     return state

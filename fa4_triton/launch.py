@@ -128,11 +128,16 @@ def _plan(name: str, kinds: Kinds, device: torch.device) -> _Plan:
         ("DIM_V", kinds.head_dim_v),
         ("TILE_M", tile.m),
         ("TILE_N", tile.n),
-        ("PRECISION", "ieee"),
     ]
     if name == "forward":
         constants.append(("OVERLAP", tile.overlap))
     return _Plan(tile, tuple(constants), {})
+
+
+def compile_planned(kernel: Any, plan: _Plan, args: tuple, target: GPUTarget, layout: tuple) -> CompiledKernel:
+    """Compiles a kernel as `_launch` would for `target`, which need not be there."""
+    options = {"num_warps": plan.tile.warps, "num_stages": plan.tile.stages}
+    return compile_kernel(kernel, args, dict(plan.constants), options, target, layout[-1])
 
 
 def _launch(kernel: Any, plan: _Plan, device: torch.device, grid: int, args: tuple, layout: tuple) -> None:
@@ -147,10 +152,8 @@ def _launch(kernel: Any, plan: _Plan, device: torch.device, grid: int, args: tup
         return
     compiled = plan.compiled.get(layout)
     if compiled is None:
-        options = {"num_warps": plan.tile.warps, "num_stages": plan.tile.stages}
         with torch.cuda.device(device):
-            compiled = compile_kernel(kernel, args, dict(plan.constants), options, target_of(device), layout[-1])
-        plan.compiled[layout] = compiled
+            compiled = plan.compiled[layout] = compile_planned(kernel, plan, args, target_of(device), layout)
     values = [value for _, value in plan.constants]
     if torch.cuda.current_device() == device.index:
         compiled[(grid, 1, 1)](*args, *values)
@@ -159,10 +162,10 @@ def _launch(kernel: Any, plan: _Plan, device: torch.device, grid: int, args: tup
             compiled[(grid, 1, 1)](*args, *values)
 
 
-def _wants_tma(problem: Problem, plan: _Plan) -> bool:
+def _wants_tma(problem: Problem, plan: _Plan, aligned: bool) -> bool:
     kinds = problem.kinds
     flops = 2 * problem.total_q * problem.seqlen_k * problem.heads_q * (kinds.head_dim + kinds.head_dim_v)
-    return plan.tile.tma and flops >= MIN_TMA_FLOPS
+    return aligned and plan.tile.tma and flops >= MIN_TMA_FLOPS
 
 
 def _tiles(rows: int, size: int, varlen: bool, batch: int) -> int:
@@ -187,8 +190,9 @@ def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> t
     plan = _plan("forward", kinds, device)
     q, k, v = inputs.q, inputs.k, inputs.v
     aligned = is_aligned(q) and is_aligned(k) and is_aligned(v)
-    k_rows, k_descriptor = _described(k, plan.tile.n, aligned and _wants_tma(problem, plan))
-    v_rows, v_descriptor = _described(v, plan.tile.n, aligned and _wants_tma(problem, plan))
+    tma = _wants_tma(problem, plan, aligned)
+    k_rows, k_descriptor = _described(k, plan.tile.n, tma)
+    v_rows, v_descriptor = _described(v, plan.tile.n, tma)
     grid = _tiles(problem.seqlen_q, plan.tile.m, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q)
     args = (
         _rows(q), k_rows, v_rows, _rows(out), _statistics(lse), inputs.sink, _sequences(problem, inputs),
@@ -222,8 +226,9 @@ def backward(
 
     statistics = (_statistics(lse), _statistics(slope))
     plan = _plan("backward_kv", kinds, device)
-    q_rows, q_descriptor = _described(q, plan.tile.m, aligned and _wants_tma(problem, plan))
-    do_rows, do_descriptor = _described(dout, plan.tile.m, aligned and _wants_tma(problem, plan))
+    tma = _wants_tma(problem, plan, aligned)
+    q_rows, q_descriptor = _described(q, plan.tile.m, tma)
+    do_rows, do_descriptor = _described(dout, plan.tile.m, tma)
     grid = _tiles(problem.seqlen_k, plan.tile.n, kinds.varlen, problem.batch) * _heads(problem, problem.heads_kv)
     args = (
         q_rows, _rows(k), _rows(v), do_rows, *statistics, _rows(dk), _rows(dv), sequences, values, problem.heads_kv,
@@ -233,8 +238,9 @@ def backward(
     _launch(attention_backward_kv, plan, device, grid, args, layout)
 
     plan = _plan("backward_q", kinds, device)
-    k_rows, k_descriptor = _described(k, plan.tile.n, aligned and _wants_tma(problem, plan))
-    v_rows, v_descriptor = _described(v, plan.tile.n, aligned and _wants_tma(problem, plan))
+    tma = _wants_tma(problem, plan, aligned)
+    k_rows, k_descriptor = _described(k, plan.tile.n, tma)
+    v_rows, v_descriptor = _described(v, plan.tile.n, tma)
     grid = _tiles(problem.seqlen_q, plan.tile.m, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q)
     args = (
         _rows(q), k_rows, v_rows, _rows(dout), *statistics, _rows(dq), sequences, values, problem.heads_q,

@@ -109,8 +109,7 @@ def compiled(target, dim, dtype, monkeypatch, **options):
     found = {}
 
     def compile_only(kernel, plan, device, grid, args, layout):
-        settings = {"num_warps": plan.tile.warps, "num_stages": plan.tile.stages}
-        found[kernel.__name__] = launch.compile_kernel(kernel, args, dict(plan.constants), settings, target, layout[-1])
+        found[kernel.__name__] = launch.compile_planned(kernel, plan, args, target, layout)
 
     monkeypatch.setattr(launch, "target_of", lambda device: target)
     monkeypatch.setattr(launch, "_launch", compile_only)

@@ -45,9 +45,7 @@ def emulated_triton(capability: int, *, seed: int = 0, tiles: dict | None = None
         if grid == 0:
             return
         if layout not in plan.compiled:
-            options = {"num_warps": plan.tile.warps, "num_stages": plan.tile.stages}
-            constants = dict(plan.constants)
-            plan.compiled[layout] = host.compile_kernel(kernel, args, constants, options, target, layout[-1])
+            plan.compiled[layout] = host.compile_planned(kernel, plan, args, target, layout)
         named = dict(zip(kernel.arg_names, args))
         result = launch_triton(plan.compiled[layout], (grid,), named, seed=seed, **machine)
         if observe is not None:
