@@ -137,7 +137,9 @@ def _operand(name: str, ty: str, ir: str, aliases: dict[str, str]) -> Operand | 
 def _tma(name: str, ty: str, ir: str) -> Operand:
     box_text, _, basis_text = re.search(r'tma_gbasis = <"([^"]*)">', ty).group(1).partition(":")  # type: ignore[union-attr]
     box = tuple(int(x) for x in re.findall(r"\d+", box_text))
-    modes = tuple(int(b) for _, b in re.findall(r"(\d+)@(\d+)", basis_text))
+    # A basis element `1@1@0` is submode 1 of mode 0: the path reads from the right.
+    paths = [tuple(int(x) for x in path.split("@")[:0:-1]) for path in re.findall(r"\d+(?:@\d+)+", basis_text)]
+    modes = tuple(sorted(paths).index(path) for path in paths)
     made = re.search(rf"{re.escape(name)}, %[\w#]+ = cute_nvgpu\.atom\.make_non_exec_tiled_tma_\w+\([^)]*\).*", ir)
     if not made:
         raise EmulatorError(f"the IR does not say how TMA atom {name} is made")

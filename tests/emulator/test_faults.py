@@ -122,29 +122,28 @@ UPSTREAM_EQUIVALENT = {
 @pytest.mark.faults_full
 @pytest.mark.timeout(1500)
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs the package flash-attn-4")
-def test_the_published_forward_with_every_fault(monkeypatch):
+def test_the_published_forward_with_every_fault():
     """Every synchronisation and data-path fault of the SM100 forward at head_dim 128: five key tiles, so that every
     ring wraps, and logits large enough to force rescaling."""
-    from . import test_upstream
-
-    ptx, ir = test_upstream.artifacts(128, 1, False)
+    from .published import Problem, artifacts, forward
 
     def run(program, seed: int):
-        monkeypatch.setattr(test_upstream, "artifacts", lambda *_: (program, ir))
-        return test_upstream.run(seed, 128, 1, False, 256, 640, 1, scale=8.0, max_steps=40_000)
+        problem = Problem(seed, 128, 256, 640, scale=8.0)
+        return forward(problem, sm100=True, program=program, max_steps=40_000)
 
     def caught(program) -> bool:
         for seed in (1, 2, 3, 5):
             try:
-                error, lse_error, *_ = run(program, seed)
+                errors = run(program, seed).errors
             except EmulatorError:
                 return True
-            if not (error < 3.5e-3 and lse_error < 1e-3):
+            if not (errors["out"] < 3.5e-3 and errors["lse"] < 1e-3):
                 return True
         return False
 
+    ptx, _ = artifacts("forward_sm100", head_dim=128, group=1, causal=False, pack=False, pair=False)
     whole = load_program(ptx)
-    reference = run(whole, 0)[2]
+    reference = run(whole, 0).result
     faults = [f for f in synchronisation_faults(whole.kernel) if not idle(f, reference)]
     survivors = [f for f in faults if not caught(program_with(whole.kernel, f))]
     unexplained = [f for f in survivors if argument(f, UPSTREAM_EQUIVALENT) is None]

@@ -8,6 +8,7 @@ from ..errors import EmulatorError, OutOfBounds
 from ..lowering import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
 from ..ptx import TYPE_BYTES, Imm, Param, Reg, Sink, Symbol, Vec
 from . import handles, unsupported
+from .control import unconverged
 
 _RANK_SHIFT = 24
 _OFFSET = np.uint64((1 << _RANK_SHIFT) - 1)
@@ -506,12 +507,8 @@ def _matrices(i) -> int:
     return count
 
 
-def _row_addresses(frame, mask, operand, count: int, i) -> np.ndarray:
+def _row_addresses(frame, operand, count: int) -> np.ndarray:
     """Row addresses, shape (warps, count, 8): lane 8j + r holds row r of matrix j (PTX ISA 9.7.14.5.15)."""
-    if mask is not None and not mask.all():
-        if frame.hi - frame.lo > 1:
-            return None
-        raise EmulatorError(f"line {i.line}: {i.parts[0]} needs every lane of the warp")
     return frame.read(operand, np.uint64).reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)
 
 
@@ -522,11 +519,9 @@ def load_matrix(i, program):
     rows = np.array([r.row for r in destinations], np.intp)
 
     def execute(frame, mask):
-        addresses = _row_addresses(frame, mask, i.operands[1].items[0], count, i)
-        if addresses is None:
-            from ..machine import SPLIT
-
-            return SPLIT
+        if blocked := unconverged(i, frame, mask, None):
+            return blocked
+        addresses = _row_addresses(frame, i.operands[1].items[0], count)
         access = SharedAccess(frame, addresses.reshape(-1), 16, i.line, "ldmatrix")
         access.record(None, write=False)
         data = access.cta.shared_views[16][access.offsets // 16]  # (warps * count * 8, 2) of uint64
@@ -546,11 +541,9 @@ def store_matrix(i, program):
     rows = np.array([r.row for r in sources], np.intp)
 
     def execute(frame, mask):
-        addresses = _row_addresses(frame, mask, i.operands[0].items[0], count, i)
-        if addresses is None:
-            from ..machine import SPLIT
-
-            return SPLIT
+        if blocked := unconverged(i, frame, mask, None):
+            return blocked
+        addresses = _row_addresses(frame, i.operands[0].items[0], count)
         access = SharedAccess(frame, addresses.reshape(-1), 16, i.line, "stmatrix")
         words = frame.W[rows].reshape(count, -1, 32).transpose(1, 0, 2)
         halves = np.ascontiguousarray(words).view(np.uint16).reshape(-1, count, 8, 8)

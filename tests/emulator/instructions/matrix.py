@@ -12,8 +12,9 @@ import numpy as np
 
 from ..lanes import FP8_VALUE, bf16_value
 from ..layouts import SharedDescriptor, fragment_a, fragment_b, fragment_c
-from ..ptx import Imm, Vec
+from ..ptx import Imm, NotReg, Reg, Vec
 from . import handles, unsupported
+from .control import unconverged
 from .loadstore import AsyncCopy, wait_for_groups
 
 ELEMENT_BYTES = {"bf16": 2, "f16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1}
@@ -80,12 +81,8 @@ def mma_sync(i, program):
     a_at, b_at = fragment_a(k, ELEMENT_BYTES[a_type]), fragment_b(k, ELEMENT_BYTES[b_type])
 
     def execute(frame, mask):
-        if mask is not None and not mask.all():
-            from ..machine import SPLIT
-
-            if frame.hi - frame.lo > 1:
-                return SPLIT
-            raise unsupported(i)
+        if blocked := unconverged(i, frame, mask, None):
+            return blocked
         warps = frame.hi - frame.lo
         left = np.zeros((warps, 16, k), np.float32)
         left[:, a_at[0], a_at[1]] = _fragment(frame.W[a], a_type)
@@ -102,18 +99,19 @@ def mma_sync(i, program):
 # wgmma -------------------------------------------------------------------------------------------------------------
 
 
+def element_cells(cell_bytes: int, offsets: np.ndarray, size: int) -> np.ndarray:
+    """Race cells, shape (1, n), of elements of `size` bytes at byte `offsets`."""
+    parts = range(0, size, min(size, cell_bytes))
+    return np.unique([(offsets + part) // cell_bytes for part in parts]).reshape(1, -1)
+
+
 def operand_index(machine, descriptor: SharedDescriptor, rows: int, depth: int, size: int, mn_major: bool):
     """(element indices (rows, depth), race cells) of an operand in shared memory; cached per machine."""
     key = (descriptor, rows, depth, size, mn_major)
     found = machine.cache.get(key)
     if found is None:
         offsets = descriptor.offsets(rows, depth, size, mn_major)
-        cells = np.unique(offsets // machine.program.shared_cell)
-        if size > machine.program.shared_cell:
-            cells = np.unique(cells[:, None] + np.arange(size // machine.program.shared_cell))
-        elif machine.program.shared_cell < 4:
-            cells = np.unique((offsets[..., None] + np.arange(size)) // machine.program.shared_cell)
-        found = machine.cache[key] = (offsets // size, cells.reshape(1, -1))
+        found = machine.cache[key] = (offsets // size, element_cells(machine.program.shared_cell, offsets, size))
     return found
 
 
@@ -149,14 +147,30 @@ def wgmma(i, program):
     a_at = fragment_a(k, size) if from_registers else None
 
     def execute(frame, mask):
-        if mask is not None and not mask.all():
-            raise unsupported(i)
-        machine, cta = frame.machine, frame.cta
-        for first in range(frame.lo, frame.hi):
-            if first > frame.lo and first % 4:
-                continue
-            last = min(frame.hi, (first // 4 + 1) * 4)
-            _issue_wgmma(machine, cta, cta.frame(first, last))
+        if blocked := unconverged(i, frame, mask, None):
+            return blocked
+        cta = frame.cta
+        for first, last in _alike(frame):
+            _issue_wgmma(frame.machine, cta, cta.frame(first, last))
+        return None
+
+    uniform = [x for x in i.operands[1:4] if isinstance(x, (Reg, NotReg))]
+
+    def _alike(frame):
+        """Ranges of warps of one warpgroup that agree on descriptors and scale-d: one may be an iteration ahead."""
+        values = np.stack([frame.read(x, np.uint64)[::32] for x in uniform])
+        starts = [w for w in range(frame.hi - frame.lo)
+                  if w == 0 or (frame.lo + w) % 4 == 0 or (values[:, w] != values[:, w - 1]).any()]  # fmt: skip
+        return zip((frame.lo + w for w in starts), [*(frame.lo + w for w in starts[1:]), frame.hi])
+
+    def _quarter_cells(machine, a, quarter):
+        """Race cells of the 16 rows of A that one warp reads: kernels rely on a warp's own rows being its own."""
+        key = ("wgmma A", a, k, size, a_mn, quarter)
+        if key not in machine.cache:
+            whole, _ = operand_index(machine, a, 64, k, size, a_mn)
+            rows = whole[16 * quarter : 16 * quarter + 16]
+            machine.cache[key] = element_cells(machine.program.shared_cell, rows * size, size)
+        return machine.cache[key]
 
     def _issue_wgmma(machine, cta, part):
         b = SharedDescriptor.decode_sm90(part.scalar(i.operands[2], None, i.line), i.line)
@@ -168,7 +182,6 @@ def wgmma(i, program):
             whole, _ = operand_index(machine, a, 64, k, size, a_mn)
             a_index = whole[quarter[0] : quarter[-1] + 16]
             check_operand_bounds(machine, a_index, size, i.line)
-            a_cells = np.unique(a_index * size // machine.program.shared_cell).reshape(1, -1)
         accumulate = bool(scale_d.value) if isinstance(scale_d, Imm) else bool(part.read(scale_d)[0])
         op = AsyncCopy(0)
         for warp in part.warps:
@@ -178,7 +191,9 @@ def wgmma(i, program):
             warp.pipe_clock[slot] = warp.pipe_stamp
             if machine.check_races:
                 one, stamp = np.array([slot]), np.array([warp.pipe_stamp])
-                operands = [("wgmma B", b_cells)] + ([] if from_registers else [("wgmma A", a_cells)])
+                operands = [("wgmma B", b_cells)]
+                if not from_registers:
+                    operands.append(("wgmma A", _quarter_cells(machine, a, warp.index % 4)))
                 for what, cells in operands:
                     cta.shared_shadow.read(
                         cells, one, stamp, warp.pipe_clock[None], i.line, what, warp.async_clock[None]
@@ -214,8 +229,11 @@ def wgmma(i, program):
 @handles("wgmma.commit_group")
 def wgmma_commit(i, program):
     def execute(frame, mask):
+        if blocked := unconverged(i, frame, mask, None):
+            return blocked
         for warp, _ in frame.active(mask):
             warp.wgmma.commit()
+        return None
 
     return execute
 
@@ -225,6 +243,8 @@ def wgmma_wait(i, program):
     pending = i.operands[0].value
 
     def execute(frame, mask):
+        if blocked := unconverged(i, frame, mask, None):
+            return blocked
         slot_of = frame.cluster.actors.pipe
         return wait_for_groups(
             i, frame, mask, lambda w: w.wgmma, pending, "done", lambda w: slot_of(w.id), "wgmma.wait_group"

@@ -13,9 +13,13 @@ import numpy as np
 
 from ..errors import BarrierMisuse, EmulatorError, TensorMemoryError
 from ..layouts import InstructionDescriptor, SharedDescriptor, accumulator_lanes, tmem_cells
-from ..ptx import Imm, Mem, Vec
+from ..lowering import lower
+from ..ptx import Imm, Label, Mem, Vec
 from ..races import PENDING, TensorMemoryShadow
+from ..runs import Run
 from . import handles, unsupported
+from .control import unconverged
+from .loadstore import _items
 from .matrix import WORD, check_operand_bounds, decode_elements, operand_index
 from .mbarrier import barrier_at, used_by_async_proxy
 from .tma import _same_barrier
@@ -38,6 +42,8 @@ def allocate(i, program):
 
         if split := _one_warp(frame):
             return split
+        if blocked := unconverged(i, frame, mask, None):
+            return blocked
         cta, warp = frame.cta, frame.warps[0]
         columns = frame.scalar(i.operands[1], mask, i.line)
         if columns not in (32, 64, 128, 256, 512):
@@ -72,6 +78,8 @@ def deallocate(i, program):
     def execute(frame, mask):
         if split := _one_warp(frame):
             return split
+        if blocked := unconverged(i, frame, mask, None):
+            return blocked
         start = frame.scalar(i.operands[0], mask, i.line) & 0xFFFF
         frame.cta.tmem.release(start, frame.scalar(i.operands[1], mask, i.line), i.line)
         frame.machine.dirty = True
@@ -126,17 +134,8 @@ class _TransferShape:
         return machine.cache[key]
 
 
-def _whole_warps(i, frame, mask):
-    if mask is not None and not mask.all():
-        if split := _one_warp(frame):
-            return split
-        raise EmulatorError(f"line {i.line}: {i.parts[1]} needs every lane of the warp")
-    return None
-
-
 def _register_rows(operand) -> np.ndarray:
-    items = operand.items if isinstance(operand, Vec) else (operand,)
-    return np.array([r.row for r in items], np.intp)
+    return np.array([r.row for r in _items(operand)], np.intp)
 
 
 @handles("tcgen05.ld")
@@ -146,7 +145,7 @@ def load(i, program):
     split = i.operands[2].value if len(i.operands) > 2 else 0
 
     def execute(frame, mask):
-        if answer := _whole_warps(i, frame, mask):
+        if answer := unconverged(i, frame, mask, None):
             return answer
         machine, cta = frame.machine, frame.cta
         for w, (warp, lanes, columns) in enumerate(shape.locate(frame, i.operands[1].items[0], split)):
@@ -181,7 +180,7 @@ def store(i, program):
     split = i.operands[1].value if len(i.operands) > 2 else 0
 
     def execute(frame, mask):
-        if answer := _whole_warps(i, frame, mask):
+        if answer := unconverged(i, frame, mask, None):
             return answer
         machine, cta = frame.machine, frame.cta
         values = np.stack([frame.read(s) for s in sources])
@@ -202,6 +201,8 @@ def store(i, program):
 @handles("tcgen05.wait::st")
 def wait_store(i, program):
     def execute(frame, mask):
+        if blocked := unconverged(i, frame, mask, None):
+            return blocked
         for warp, _ in frame.active(mask):
             _flush_stores(warp)
             if frame.machine.check_races:
@@ -214,7 +215,14 @@ def wait_store(i, program):
 
 @handles("tcgen05.wait::ld")
 def wait_load(i, program):
+    """Hands over what the loads before it read, and repeats the moves between them: compilers pack pairs of registers
+    ahead of the wait, which only renames them. Anything else that reads them early keeps its NaN."""
+    moves = _moves_of_loaded(program.kernel.instructions, i)
+    rename = Run(moves, i.line) if moves else None
+
     def execute(frame, mask):
+        if blocked := unconverged(i, frame, mask, None):
+            return blocked
         for warp, _ in frame.active(mask):
             for cells, registers, rows, values in warp.pending_tmem_loads:
                 registers[rows] = values
@@ -223,8 +231,33 @@ def wait_load(i, program):
                     shadow.reads[warp.id, cells] = warp.clock[warp.id]
                     shadow.last_read[warp.id] = warp.clock[warp.id]
             warp.pending_tmem_loads.clear()
+        if rename is not None:
+            rename.full(frame, None)
+        return None
 
     return execute
+
+
+def _moves_of_loaded(code: list, wait) -> list:
+    """Micro-operations of the `mov`s between a wait::ld and the tcgen05.ld before it, in its straight line of code,
+    that move what those load."""
+    at = next(n for n, i in enumerate(code) if i is wait)
+    targets = {i.operands[0].target for i in code if i.operands and isinstance(i.operands[0], Label)}
+    first = at
+    while first > 0 and first not in targets and code[first - 1].parts[0] not in ("bra", "ret", "exit"):
+        first -= 1
+    loaded: set = set()
+    moves: list = []
+    for i in code[first:at]:
+        if i.op.startswith("tcgen05.ld"):
+            loaded.update(_items(i.operands[0]))
+        elif i.op.startswith("tcgen05.wait::ld"):
+            loaded.clear()
+            moves.clear()
+        elif i.parts[0] == "mov" and i.guard is None and loaded.intersection(_items(i.operands[1])):
+            moves += lower(i)
+            loaded.update(_items(i.operands[0]))
+    return moves
 
 
 # MMA ---------------------------------------------------------------------------------------------------------------
