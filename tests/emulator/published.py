@@ -84,11 +84,14 @@ class Problem:
 
 @dataclass
 class Run:
-    """errors: relative RMS error of each output against float64 (for the LSE the largest absolute one)."""
+    """errors: relative RMS error of each output against float64 (for the LSE the largest absolute one). seconds: CPU
+    time of the launch."""
 
     errors: dict[str, float]
     result: Result
     seconds: float
+    outputs: dict[str, torch.Tensor]
+    ptx: str
 
 
 def relative_error(found: torch.Tensor, want: torch.Tensor) -> float:
@@ -163,7 +166,7 @@ def forward(problem: Problem, *, sm100: bool, pair: bool = False, pack: bool = F
     seconds = time.process_time() - started
     want = problem.answer()
     errors = {"out": relative_error(out, want["out"]), "lse": (lse - want["lse"]).abs().max().item()}
-    return Run(errors, result, seconds)
+    return Run(errors, result, seconds, {"out": out, "lse": lse}, ptx)
 
 
 def _unscramble(accumulator: torch.Tensor, head_dim: int, pair: bool) -> torch.Tensor:
@@ -215,5 +218,5 @@ def backward(problem: Problem, *, pair: bool = False, program=None, **options) -
     result = launch_cute(program or ptx, ir, grid, (512, 1, 1), values, cluster=cluster, seed=problem.seed, **options)
     seconds = time.process_time() - started
     dq_rows = _unscramble(dq, problem.head_dim, pair)[:, : problem.seqlen_q] * scale
-    errors = {name: relative_error(t, want[name]) for name, t in (("dq", dq_rows), ("dk", dk), ("dv", dv))}
-    return Run(errors, result, seconds)
+    outputs = {"dq": dq_rows, "dk": dk, "dv": dv}
+    return Run({name: relative_error(t, want[name]) for name, t in outputs.items()}, result, seconds, outputs, ptx)

@@ -21,20 +21,22 @@ def _fake(dtype, *shape, align: int = 16):
     return make_fake_compact_tensor(dtype, sizes, stride_order=tuple(range(len(shape)))[::-1], assumed_align=align)
 
 
-def _compile_forward(kernel, head_dim: int) -> None:
+def _compile_forward(kernel, head_dim: int, callable: bool = False):
     import cutlass
     import cutlass.cute as cute
     from cutlass.cute.runtime import make_fake_stream
 
     tensors = [_fake(cutlass.BFloat16, None, None, None, head_dim) for _ in range(4)]
     lse = _fake(cutlass.Float32, None, None, None, align=4)
-    cute.compile(kernel, *tensors, lse, cutlass.Float32(head_dim**-0.5), stream=make_fake_stream())
+    stream = make_fake_stream(use_tvm_ffi_env_stream=callable)
+    options = {"options": "--enable-tvm-ffi"} if callable else {}
+    return cute.compile(kernel, *tensors, lse, cutlass.Float32(head_dim**-0.5), stream=stream, **options)
 
 
 def forward_sm90(head_dim: int, group: int = 1, causal: bool = False, tile_m: int = 128, tile_n: int = 128,
-                 rs: bool = True, pack: bool = False) -> None:  # fmt: skip
+                 rs: bool = True, pack: bool = False, callable: bool = False):  # fmt: skip
     """tile_m: 64 rows a warpgroup. rs: P stays in registers (else it goes through shared memory). pack: the group's
-    query heads share a tile."""
+    query heads share a tile. callable: what is returned takes CUDA tensors (q, k, v, out, lse) and the scale."""
     import cutlass
     from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
 
@@ -42,10 +44,10 @@ def forward_sm90(head_dim: int, group: int = 1, causal: bool = False, tile_m: in
         cutlass.BFloat16, head_dim, head_dim, group, is_causal=causal, pack_gqa=pack, tile_m=tile_m, tile_n=tile_n,
         num_stages=2, num_threads=2 * tile_m + 128, mma_pv_is_rs=rs,
     )  # fmt: skip
-    _compile_forward(kernel, head_dim)
+    return _compile_forward(kernel, head_dim, callable)
 
 
-def forward_sm100(head_dim: int, group: int = 1, causal: bool = False, pair: bool = False, pack: bool = False) -> None:
+def forward_sm100(head_dim: int, group: int = 1, causal: bool = False, pair: bool = False, pack: bool = False):
     """pair: two CTAs share each MMA."""
     from flash_attn.cute.flash_fwd_sm100 import FlashAttentionForwardSm100
 
@@ -53,10 +55,10 @@ def forward_sm100(head_dim: int, group: int = 1, causal: bool = False, pair: boo
         head_dim=head_dim, head_dim_v=head_dim, qhead_per_kvhead=group, is_causal=causal, pack_gqa=pack,
         is_static_persistent=False, use_2cta_instrs=pair,
     )  # fmt: skip
-    _compile_forward(kernel, head_dim)
+    return _compile_forward(kernel, head_dim)
 
 
-def backward_sm100(head_dim: int, causal: bool = False, pair: bool = False) -> None:
+def backward_sm100(head_dim: int, causal: bool = False, pair: bool = False):
     """dQ is accumulated in float32 in the kernel's own order; dK and dV are final for one query head a KV head."""
     import cutlass
     import cutlass.cute as cute
@@ -70,20 +72,21 @@ def backward_sm100(head_dim: int, causal: bool = False, pair: bool = False) -> N
     rows = [_fake(cutlass.Float32, None, None, None) for _ in range(2)]
     dq_accumulator = _fake(cutlass.Float32, None, None, None)
     outputs = [_fake(cutlass.BFloat16, None, None, None, head_dim) for _ in range(2)]
-    cute.compile(kernel, *inputs, *rows, dq_accumulator, *outputs, cutlass.Float32(head_dim**-0.5),
-                 stream=make_fake_stream())  # fmt: skip
+    return cute.compile(kernel, *inputs, *rows, dq_accumulator, *outputs, cutlass.Float32(head_dim**-0.5),
+                        stream=make_fake_stream())  # fmt: skip
 
 
 KINDS = {"forward_sm90": forward_sm90, "forward_sm100": forward_sm100, "backward_sm100": backward_sm100}
 
 
-def main(folder: Path, kind: str, options: dict[str, int | bool]) -> None:
+def main(folder: Path, kind: str, options: dict[str, int | bool]):
+    """Compiles one kernel into `folder`. In a process of its own: the DSL reads its environment when it loads."""
     folder.mkdir(parents=True, exist_ok=True)
     arch = "sm_90a" if kind.endswith("sm90") else "sm_100a"
     os.environ.update(
         CUTE_DSL_ARCH=arch, FLASH_ATTENTION_ARCH=arch, CUTE_DSL_KEEP="ptx,ir", CUTE_DSL_DUMP_DIR=str(folder)
     )
-    KINDS[kind](**options)
+    return KINDS[kind](**options)
 
 
 if __name__ == "__main__":
