@@ -162,14 +162,23 @@ class TensorMemory:
         self.free = np.ones(self.COLUMNS, bool)
         self.allocations: dict[int, int] = {}
         self.permit_relinquished = False
+        # cta_group::2 allocates in both CTAs of a pair, once a warp of each asks: columns that a warp here waits for,
+        # and what the other CTA's warp then allocated here for it.
+        self.requested: int | None = None
+        self.granted: list[int] = []
 
-    def allocate(self, columns: int) -> int | None:
-        for start in range(0, self.COLUMNS + 1 - columns, 32):
-            if self.free[start : start + columns].all():
-                self.free[start : start + columns] = False
-                self.allocations[start] = columns
-                return start
-        return None
+    def place(self, columns: int) -> int | None:
+        """Where an allocation would go; None if it has to wait."""
+        starts = range(0, self.COLUMNS + 1 - columns, 32)
+        return next((start for start in starts if self.free[start : start + columns].all()), None)
+
+    def allocate(self, columns: int) -> int:
+        start = self.place(columns)
+        if start is None:
+            raise TensorMemoryError(f"{columns} columns do not fit beside {self.allocations}")
+        self.free[start : start + columns] = False
+        self.allocations[start] = columns
+        return start
 
     def release(self, start: int, columns: int, line: int) -> None:
         if self.allocations.get(start) != columns:
@@ -424,8 +433,8 @@ class Machine:
     """Executes one launch. See `launcher.launch` for the usual way in.
 
     resident: clusters in flight at once. max_steps: scheduler steps before `Livelock`. register_budget: registers a
-    thread at launch, for the setmaxnreg pool. tolerate: kinds of race reports ("missing proxy fence", ...) that become
-    notes.
+    thread at launch, for the setmaxnreg pool, if not those that the kernel's directives imply. tolerate: kinds of race
+    reports ("missing proxy fence", ...) that become notes.
     """
 
     def __init__(self, program: Program, memory: GlobalMemory, params: bytes, grid, block, *, cluster=(1, 1, 1),
@@ -463,8 +472,8 @@ class Machine:
         self.clusters: list[Cluster] = []
         self.cache: dict = {}
         self._spare_banks: list[dict] = []
-        self.launch_registers = register_budget or program.kernel.max_registers
-        self.register_file = None if not self.launch_registers else self.launch_registers * self.warps_per_cta * 32
+        self.launch_registers = register_budget or program.kernel.launch_registers
+        self.register_pool = None if not self.launch_registers else self.launch_registers * self.warps_per_cta * 32
 
     def take_banks(self, lanes: int) -> dict:
         if self._spare_banks:

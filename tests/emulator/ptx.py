@@ -29,6 +29,9 @@ TYPE_BYTES = {
 BANKS = ("pred", 16, 32, 64, 128)
 """Register banks: predicates, then one per width in bits. 8-bit registers live in the 16-bit bank."""
 
+REGISTER_FILE = 65536
+"""32-bit registers of a multiprocessor."""
+
 SHARED_BASE = 0x400
 """First shared address handed out: the driver keeps the first KiB of a block's window for itself."""
 
@@ -159,12 +162,25 @@ class Kernel:
     required_threads: tuple[int, int, int] | None = None
     cluster: tuple[int, int, int] | None = None
     max_registers: int | None = None
+    min_ctas: int = 1
     shared_symbols: dict[str, int] = field(default_factory=dict)
     static_shared: int = 0
     dynamic_shared: int = SHARED_BASE
     local_bytes: int = 0
     line: int = 0
     text: str = ""
+
+    @property
+    def launch_registers(self) -> int | None:
+        """Registers of a thread at launch, from which setmaxnreg's pool follows; None where the text does not say.
+
+        `.maxnreg` states them. Else the assembler gives a block of known size all that the register file holds, in
+        steps of 8: 168 for 384 threads, so that the pool is 64,512 and not the file's 65,536 (seen on an H100).
+        """
+        if self.max_registers or not self.required_threads:
+            return self.max_registers
+        x, y, z = self.required_threads
+        return min(256, REGISTER_FILE // (self.min_ctas * x * y * z) // 8 * 8)
 
     @property
     def param_bytes(self) -> int:
@@ -262,8 +278,9 @@ def _read_directives(kernel: Kernel, text: str) -> None:
 
     kernel.required_threads = triple("reqntid")
     kernel.cluster = triple("reqnctapercluster")
-    registers = re.search(r"\.maxnreg\s+(\d+)", text)
-    kernel.max_registers = int(registers.group(1)) if registers else None
+    registers, ctas = triple("maxnreg"), triple("minnctapersm")
+    kernel.max_registers = registers[0] if registers else None
+    kernel.min_ctas = ctas[0] if ctas else 1
 
 
 def split_operands(text: str) -> list[str]:

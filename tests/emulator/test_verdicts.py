@@ -170,6 +170,17 @@ def test_setmaxnreg_beyond_the_pool_blocks_for_ever():
         run(body.format(other="inc", n=96), register_budget=128)
 
 
+def test_the_register_pool_is_what_the_block_was_launched_with():
+    """Seen on an H100: 384 threads get 168 registers each, so 240 + 240 + 32 do not fit though the register file
+    would hold them; 240 + 240 + 24 do."""
+    body = """setp.lt.u32 %p1, %t, 128; @%p1 bra PRODUCE; setmaxnreg.inc.sync.aligned.u32 240; bra DONE;
+    PRODUCE: setmaxnreg.dec.sync.aligned.u32 {n}; DONE:"""
+    for seed in SEEDS:
+        with pytest.raises(Deadlock, match="pool of 64512 registers exceeded"):
+            run(body.format(n=32), threads=384, seed=seed)
+        run(body.format(n=24), threads=384, seed=seed)
+
+
 def tma(fence: str, tx: int = 1024) -> str:
     return f"""mov.b32 %r1, smem; add.s32 %r2, %r1, 1024; setp.eq.u32 %p1, %t, 0; shl.b32 %r5, %t, 2;
     add.s32 %r5, %r5, %r2;

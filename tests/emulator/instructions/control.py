@@ -77,7 +77,7 @@ def set_max_registers(i, program):
 
     def execute(frame, mask):
         cta, machine = frame.cta, frame.machine
-        allowed = machine.register_file
+        allowed = machine.register_pool
         for warp, _ in frame.active(mask):
             if allowed is not None:
                 before = warp.registers or machine.launch_registers

@@ -37,6 +37,10 @@ def _one_warp(frame):
 
 @handles("tcgen05.alloc")
 def allocate(i, program):
+    """tcgen05.alloc (PTX ISA 9.7.16.7.1). Waits until the columns fit; with cta_group::2, until a warp of each CTA of
+    the pair asks, and then allocates in both."""
+    pair = i.has("cta_group::2")
+
     def execute(frame, mask):
         from ..machine import Blocked
 
@@ -44,19 +48,36 @@ def allocate(i, program):
             return split
         if blocked := unconverged(i, frame, mask, None):
             return blocked
-        cta, warp = frame.cta, frame.warps[0]
+        cta, warp, tmem = frame.cta, frame.warps[0], frame.cta.tmem
         columns = frame.scalar(i.operands[1], mask, i.line)
         if columns not in (32, 64, 128, 256, 512):
             raise TensorMemoryError(f"line {i.line}: tcgen05.alloc of {columns} columns")
-        if cta.tmem.permit_relinquished:
+        if tmem.permit_relinquished:
             raise TensorMemoryError(f"line {i.line}: tcgen05.alloc after relinquish_alloc_permit")
-        start = cta.tmem.allocate(columns)
-        if start is None:
-            return Blocked(
-                lambda _: False if cta.tmem.free.sum() < columns else _fits(cta, columns),
-                lambda: f"tcgen05.alloc of {columns} columns; allocated: {cta.tmem.allocations}",
-                False,
-            )
+        if pair and tmem.granted:
+            start = tmem.granted.pop()
+        else:
+            other = frame.cluster.ctas[cta.rank ^ 1].tmem if pair else None
+            if other is not None and other.requested is None:
+                tmem.requested = columns
+                frame.machine.dirty = True
+                return Blocked(lambda _: bool(tmem.granted), f"tcgen05.alloc of {columns} columns: for the other CTA",
+                               False)  # fmt: skip
+            if other is not None and other.requested != columns:
+                raise TensorMemoryError(f"line {i.line}: one CTA of a pair allocates {columns} columns, the other "
+                                        f"{other.requested}")  # fmt: skip
+            both = [tmem] if other is None else [tmem, other]
+            if any(each.place(columns) is None for each in both):
+                return Blocked(
+                    lambda _: all(each.place(columns) is not None for each in both),
+                    lambda: f"tcgen05.alloc of {columns} columns; allocated: {tmem.allocations}",
+                    False,
+                )
+            start = tmem.allocate(columns)
+            if other is not None:
+                other.granted.append(other.allocate(columns))
+                other.requested = None
+                frame.machine.dirty = True
         address = frame.scalar(i.operands[0].items[0], mask, i.line)
         target, offset = frame.cluster.locate(address, 4, i.line)
         target.shared_views[4][offset // 4] = start
@@ -64,13 +85,9 @@ def allocate(i, program):
             cells = target.shared_shadow.spans(np.array([[offset]]), 4).reshape(1, -1)
             slot = np.array([warp.id])
             target.shared_shadow.write(cells, slot, warp.clock[slot], warp.clock[None], i.line, "tcgen05.alloc", True)
+        return None
 
     return execute
-
-
-def _fits(cta, columns: int) -> bool:
-    free = cta.tmem.free
-    return any(free[s : s + columns].all() for s in range(0, 513 - columns, 32))
 
 
 @handles("tcgen05.dealloc")
