@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from fa4_core import backends, ops
+from fa4_core import backends, kvcache, merge, ops
 from fa4_core.problem import DEFAULT_RESCALE_THRESHOLD, UNBOUNDED, Inputs, Kinds
 
 if TYPE_CHECKING:
     from fa4_core.backends import Backend
 
-__all__ = ["Choice", "attention", "explain"]
+__all__ = ["Choice", "attention", "attention_with_kvcache", "explain", "merge_attention"]
 __version__ = "0.1.0"
 
 BackendName = Literal["auto", "triton", "cute", "reference"]
@@ -129,6 +130,8 @@ def _arguments(
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, accepted is a torch.Tensor")
+    if page_table is not None:
+        kvcache.refuse_gradients({"q": q, "k": k, "v": v, "sink": sink})
     for name, hint in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if hint is not None and (isinstance(hint, bool) or not isinstance(hint, int)):
             raise TypeError(f"{name}: got {type(hint).__name__}, accepted are integers or None")
@@ -184,7 +187,9 @@ def attention(
         max_seqlen_q, max_seqlen_k: optional hints for varlen; they change no result.
         seqused_q, seqused_k: (B,) or (n_seqs,) int32; only the first so many rows of each sequence take part.
             Query rows past it give O = 0, LSE = -inf and no gradient.
-        page_table: paged K and V (not served by any backend yet).
+        page_table: (batch, pages) int32, for paged K and V of (n_pages, page_size, Hkv, D or Dv), page_size 1 or a
+            multiple of 8: entry (b, p) is the page with keys p * page_size and on of sequence b, which has seqused_k[b]
+            of them. q dense or, with cu_seqlens_q alone, varlen. Without gradients.
         return_lse: return (out, lse) instead of out.
         rescale_threshold: the running maximum is followed only when it grows by more than this, in log2 units; 0 to 8,
             0 follows it always. The result is exact either way.
@@ -209,6 +214,117 @@ def attention(
         )
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor,
+    page_table: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = True,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    out: Tensor | None = None,
+    causal: bool = False,
+    window: Window = (None, None),
+    softmax_scale: float | None = None,
+    softcap: float | None = 0.0,
+    sink: Tensor | None = None,
+    num_splits: int = 0,
+    return_lse: bool = False,
+    backend: BackendName = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Appends k and v to the cache in place, if given, and attends over what the cache then holds. No gradients.
+
+    Args:
+        q: (B, Sq, Hq, D); float16, bfloat16 or float32 (float64 on the reference).
+        k_cache, v_cache: (cache batch, capacity, Hkv, D and Dv), or with a page_table (n_pages, page_size, Hkv, D and
+            Dv), page_size 1 or a multiple of 8; of q's dtype or float8_e4m3fn. The last dimension is contiguous.
+        k, v: (B, new, Hkv, D and Dv), of q's dtype; sequence b's rows go to cache_seqlens[b] and on. One that would not
+            fit is refused where the host knows its length, and leaves the cache as it is elsewhere.
+        cache_seqlens: rows in each sequence's cache before the call: an int, or (B,) int32 on q's device.
+        page_table: (B, pages) int32: entry (b, p) is the page with rows p * page_size and on of sequence b.
+        cache_batch_idx: (B,) int32: the row of a contiguous cache that is sequence b's; by default b.
+        cache_leftpad: (B,) int32: so many first rows of the cache are no keys.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2), any floating-point dtype: k and q are rotated before their
+            use. New row i stands at position cache_seqlens - cache_leftpad + i; so does query row i under causal or a
+            window, and without either all query rows stand at the first position.
+        rotary_interleaved: columns 2i and 2i + 1 are rotated together; else i and i + rotary_dim / 2.
+        k_descale, v_descale: (B, Hkv) or (Hkv,) float32: an fp8 cache's elements stand for so many times their value.
+        out: where to put the result, of its shape and q's dtype.
+        causal, window, softmax_scale, softcap, sink: as in `attention`, over all keys, the appended ones included.
+        num_splits: into how many parts the keys of a sequence are split, up to 64; 0 chooses by each sequence's own
+            length, so that no result depends on the rest of the batch.
+        return_lse: return (out, lse) instead of out.
+        backend: "auto", or one by name, which then runs or raises.
+
+    Returns:
+        out (B, Sq, Hq, Dv); with `return_lse` also lse, (B, Hq, Sq) float32, natural log.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `attention`; the cache is then untouched.
+
+    Source: the interface is that of flash-attn's `flash_attn_with_kvcache`.
+    """
+    return_lse = _bool("return_lse", return_lse)
+    length = lengths = None
+    if isinstance(cache_seqlens, Tensor):
+        lengths = cache_seqlens
+    elif isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
+        length = cache_seqlens
+    else:
+        raise TypeError(f"cache_seqlens: got {type(cache_seqlens).__name__}, accepted are an int and a torch.Tensor")
+    tensors = kvcache.CacheInputs(
+        q, k_cache, v_cache, k, v, lengths, page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin,
+        k_descale, v_descale, sink,
+    )  # fmt: skip
+    for name, tensor in (*zip(tensors._fields, tensors), ("out", out)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("q", "k_cache", "v_cache")):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, accepted is a torch.Tensor")
+    if isinstance(num_splits, bool) or not isinstance(num_splits, int):
+        raise TypeError(f"num_splits: got {type(num_splits).__name__}, accepted are integers")
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: got {type(backend).__name__}, accepted is a str")
+    left, right = _window(window, _bool("causal", causal))
+    scale = _float("softmax_scale", softmax_scale, None)
+    if scale != scale:
+        raise ValueError(f"softmax_scale: got {scale}, accepted are finite numbers > 0 or None")
+    interleaved = _bool("rotary_interleaved", rotary_interleaved)
+    out, lse = kvcache.attend(
+        tensors, out, length, scale, _float("softcap", softcap, 0.0), left, right, interleaved, num_splits, backend
+    )
+    return (out, lse) if return_lse else out
+
+
+def merge_attention(
+    outs: Sequence[Tensor], lses: Sequence[Tensor], sink: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Merges attention over parts of the keys into attention over all of them. Differentiable in every argument.
+
+    Args:
+        outs: for each part its output, (B, Sq, H, Dv) or (total_q, H, Dv), of one dtype.
+        lses: for each part its log-sum-exp, (B, H, Sq) or (H, total_q), computed without a sink: one that holds a sink
+            does not merge.
+        sink: (H,), added to the whole once, here; as in `attention`.
+
+    Returns:
+        (out, lse): out of the parts' dtype; lse float32 (float64 for float64 parts). Sums run in the parts' order.
+
+    Raises:
+        ValueError, TypeError: an argument is not accepted; the message names it.
+
+    Source: Dao et al., "FlashAttention" (2022), the softmax of a concatenation.
+    """
+    merge.check_parts(outs, lses, sink)
+    return merge.merge(outs, lses, sink)
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, **options) -> Choice:

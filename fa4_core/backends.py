@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import importlib
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fa4_core.problem import Inputs, Kinds, Problem
+
+if TYPE_CHECKING:
+    from fa4_core.kvcache import CacheInputs, CacheProblem
 
 MODULES = {"cute": "fa4_cute", "triton": "fa4_triton", "reference": "fa4_core.reference"}
 
@@ -51,6 +54,14 @@ class Backend(ABC):
         self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
     ) -> Gradients:
         """Returns the gradients of q, k, v (their shapes and dtype) and of the sink (its dtype)."""
+
+    def attend_cache(self, problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: Tensor) -> None:
+        """Appends to the caches in place, and writes out and lse; for backends that serve the feature "KV cache".
+
+        Tensors come as the caller gave them: any strides, but for the caches and out, whose last dimension is
+        contiguous.
+        """
+        raise NotImplementedError(f"backend {self.name!r} serves no KV cache")
 
 
 @functools.cache

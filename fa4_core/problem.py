@@ -21,6 +21,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEFAULT_RESCALE_THRESHOLD = 8.0
 MAX_RESCALE_THRESHOLD = 8.0
 UNBOUNDED = -1
+PAGE_MULTIPLE = 8
 
 
 class Inputs(NamedTuple):
@@ -53,6 +54,7 @@ class Kinds:
     window_right: bool
     softcap: bool
     sink: bool
+    kv_cache: bool = False
 
     def features(self) -> frozenset[str]:
         """The optional features this problem needs, in the words that `explain` and the errors use."""
@@ -65,6 +67,7 @@ class Kinds:
             "sink": self.sink,
             "head_dim_v != head_dim": self.head_dim_v != self.head_dim,
             "GQA": self.group > 1,
+            "KV cache": self.kv_cache,
         }
         return frozenset(name for name, needed in named.items() if needed)
 
@@ -183,11 +186,17 @@ def _problem_of(
     assert k is not None
     assert v is not None
     varlen = cu_seqlens_q is not None or cu_seqlens_k is not None
-    _check_tensors(q, k, v, varlen)
-    batch, heads_q, heads_kv = _check_shapes(q, k, v, varlen, paged=page_table is not None)
-    if varlen:
+    paged = page_table is not None
+    _check_tensors(q, k, v, varlen, paged)
+    batch, heads_q, heads_kv = _check_shapes(q, k, v, varlen, paged)
+    seqlen_k = k.shape[-3]
+    if paged:
+        if varlen:
+            batch = _check_cu_seqlens(cu_seqlens_q, cu_seqlens_q, q.device)
+        seqlen_k = _check_paged(page_table, k, cu_seqlens_k, seqused_k, max_seqlen_k, batch, q.device)
+    elif varlen:
         batch = _check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q.device)
-    elif max_seqlen_q is not None or max_seqlen_k is not None:
+    if not varlen and (max_seqlen_q is not None or max_seqlen_k is not None):
         raise ValueError(
             "max_seqlen_q and max_seqlen_k belong to the varlen layout: give cu_seqlens_q and cu_seqlens_k too"
         )
@@ -201,7 +210,7 @@ def _problem_of(
             raise ValueError(f"{name}: got {hint}, accepted are integers >= 0 or None")
     head_dim = q.shape[-1]
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
-    _check_numbers(scale, softcap, window_left, window_right, rescale_threshold)
+    check_numbers(scale, softcap, window_left, window_right, rescale_threshold)
     return Problem(
         kinds=Kinds(
             dtype=q.dtype,
@@ -211,7 +220,7 @@ def _problem_of(
             varlen=varlen,
             seqused_q=seqused_q is not None,
             seqused_k=seqused_k is not None,
-            paged=page_table is not None,
+            paged=paged,
             window_left=window_left != UNBOUNDED,
             window_right=window_right != UNBOUNDED,
             softcap=softcap != 0.0,
@@ -220,7 +229,7 @@ def _problem_of(
         device=q.device,
         batch=batch,
         seqlen_q=q.shape[-3],
-        seqlen_k=k.shape[-3],
+        seqlen_k=seqlen_k,
         heads_q=heads_q,
         heads_kv=heads_kv,
         max_seqlen_q=max_seqlen_q,
@@ -228,20 +237,23 @@ def _problem_of(
         softmax_scale=scale,
         softcap=softcap,
         # A window wider than both sides hides nothing; cut there, positions plus it stay far from an int32's end.
-        window_left=min(window_left, q.shape[-3] + k.shape[-3]),
-        window_right=min(window_right, q.shape[-3] + k.shape[-3]),
+        window_left=min(window_left, q.shape[-3] + seqlen_k),
+        window_right=min(window_right, q.shape[-3] + seqlen_k),
         rescale_threshold=rescale_threshold,
         deterministic=deterministic,
     )
 
 
-def _check_tensors(q: _Meta, k: _Meta, v: _Meta, varlen: bool) -> None:
+def _check_tensors(q: _Meta, k: _Meta, v: _Meta, varlen: bool, paged: bool) -> None:
     if q.dtype not in DTYPES:
         raise TypeError(f"q: dtype {q.dtype} is not accepted, only {', '.join(map(str, DTYPES))}")
-    rank, shape = (3, "(total, heads, head_dim)") if varlen else (4, "(batch, seqlen, heads, head_dim)")
+    dense = (4, "(batch, seqlen, heads, head_dim)")
+    packed = (3, "(total, heads, head_dim)")
+    pages = (4, "(n_pages, page_size, heads, head_dim)")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
+        rank, shape = pages if paged and name != "q" else packed if varlen else dense
         if len(tensor.shape) != rank:
-            hint = "" if varlen else "; for packed sequences give cu_seqlens_q and cu_seqlens_k"
+            hint = "" if varlen or paged else "; for packed sequences give cu_seqlens_q and cu_seqlens_k"
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, accepted is {shape}{hint}")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name}: dtype {tensor.dtype} differs from q's {q.dtype}")
@@ -268,10 +280,12 @@ def _check_shapes(q: _Meta, k: _Meta, v: _Meta, varlen: bool, paged: bool) -> tu
     if k.shape[-3] != v.shape[-3]:
         raise ValueError(f"v: seqlen_k={v.shape[-3]} differs from k's {k.shape[-3]}")
     batch = 1 if varlen else q.shape[0]
-    if not varlen:
+    if paged and k.shape[0] != v.shape[0]:
+        raise ValueError(f"v: n_pages={v.shape[0]} differs from k's {k.shape[0]}")
+    if not varlen and not paged:
         if k.shape[0] != v.shape[0]:
             raise ValueError(f"v: batch={v.shape[0]} differs from k's {k.shape[0]}")
-        if not paged and k.shape[0] != batch:
+        if k.shape[0] != batch:
             raise ValueError(f"k: batch={k.shape[0]} differs from q's {batch}")
     return batch, heads_q, heads_kv
 
@@ -302,6 +316,32 @@ def _check_cu_seqlens(cu_seqlens_q: _Meta | None, cu_seqlens_k: _Meta | None, de
     return cu_seqlens_q.shape[0] - 1
 
 
+def _check_paged(
+    page_table: _Meta, k: _Meta, cu_seqlens_k: _Meta | None, seqused_k: _Meta | None, max_seqlen_k: int | None,
+    batch: int, device: torch.device,
+) -> int:  # fmt: skip
+    """Returns how many keys of one sequence the table reaches."""
+    if cu_seqlens_k is not None:
+        raise ValueError(
+            "cu_seqlens_k: given with page_table, which takes seqused_k: a paged sequence has no place of its own"
+        )
+    if seqused_k is None:
+        raise ValueError("seqused_k: missing, but page_table was given; it says how many keys each sequence has")
+    if max_seqlen_k is not None:
+        raise ValueError("max_seqlen_k: given with page_table, whose width bounds the sequences")
+    check_page_size("k", k.shape[1])
+    if len(page_table.shape) != 2:
+        raise ValueError(f"page_table: got shape {tuple(page_table.shape)}, accepted is (batch, pages)")
+    _check_index("page_table", page_table, (batch, page_table.shape[1]), device)
+    return page_table.shape[1] * k.shape[1]
+
+
+def check_page_size(name: str, page_size: int) -> None:
+    """Raises ValueError where a paged cache, argument `name`, has pages of that many rows."""
+    if page_size != 1 and (page_size % PAGE_MULTIPLE or page_size == 0):
+        raise ValueError(f"{name}: page size {page_size}, accepted are 1 and multiples of {PAGE_MULTIPLE}")
+
+
 def _check_sink(sink: _Meta, heads_q: int, device: torch.device) -> None:
     if not sink.dtype.is_floating_point:
         raise TypeError(f"sink: dtype {sink.dtype} is not accepted, only floating-point dtypes")
@@ -311,7 +351,7 @@ def _check_sink(sink: _Meta, heads_q: int, device: torch.device) -> None:
         raise ValueError(f"sink: on {sink.device}, but q is on {device}")
 
 
-def _check_numbers(scale: float, softcap: float, left: int, right: int, threshold: float) -> None:
+def check_numbers(scale: float, softcap: float, left: int, right: int, threshold: float) -> None:
     if not (0.0 < scale < math.inf):
         raise ValueError(f"softmax_scale: got {scale}, accepted are finite numbers > 0 or None")
     if not (0.0 <= softcap < math.inf):
@@ -358,3 +398,19 @@ def _check_contents(problem: Problem, inputs: Inputs) -> None:
             for i, (n, room) in enumerate(zip(used.tolist(), lengths)):
                 if not 0 <= n <= room:
                     raise ValueError(f"seqused_{side}: entry {i} is {n}, accepted are 0 to {room}, the sequence's rows")
+    if inputs.page_table is not None:
+        page_size, n_pages = inputs.k.shape[1], inputs.k.shape[0]
+        assert inputs.seqused_k is not None
+        check_pages(inputs.page_table, [-(-n // page_size) for n in inputs.seqused_k.tolist()], n_pages)
+
+
+def check_pages(page_table: Tensor, used: list[int], n_pages: int) -> None:
+    """Checks the first `used` pages of each sequence; reads the table.
+
+    Raises:
+        ValueError: a page that is used does not exist.
+    """
+    for i, (pages, n) in enumerate(zip(page_table.tolist(), used)):
+        for j, page in enumerate(pages[:n]):
+            if not 0 <= page < n_pages:
+                raise ValueError(f"page_table: entry ({i}, {j}) is {page}, accepted are 0 to {n_pages - 1}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fa4_core.backends import Backend, Gradients
+from fa4_core.kvcache import CacheInputs, CacheProblem, reference_inputs
 from fa4_core.problem import UNBOUNDED, Inputs, Kinds, Problem
 
 CHUNK_Q = 256
@@ -210,7 +211,7 @@ def _working_dtype(problem: Problem) -> torch.dtype:
 
 
 class ReferenceBackend(Backend):
-    """Plain PyTorch; serves every feature but paged KV, on any device."""
+    """Plain PyTorch; serves every feature, on any device."""
 
     name = "reference"
 
@@ -218,10 +219,12 @@ class ReferenceBackend(Backend):
         return None
 
     def missing(self, kinds: Kinds, device: torch.device) -> tuple[str, ...]:
-        return tuple(sorted(kinds.features() & {"paged KV (page_table)"}))
+        return ()
 
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         dtype = _working_dtype(problem)
+        if inputs.page_table is not None:
+            inputs = _gathered(problem, inputs)
         q, k, v = _flat(inputs.q), _flat(inputs.k), _flat(inputs.v)
         sink = None if inputs.sink is None else inputs.sink.to(dtype)
         out = _canvas(q.new_empty((*q.shape[:-1], v.shape[-1])), q.dtype)
@@ -240,9 +243,16 @@ class ReferenceBackend(Backend):
         lse = lse[:-1].reshape(*problem.out_shape[:-1]).transpose(-1, -2).contiguous()
         return out[:-1].reshape(problem.out_shape), lse
 
+    def attend_cache(self, problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: Tensor) -> None:
+        result, result_lse = self.forward(*reference_inputs(problem, inputs))
+        out.copy_(result)
+        lse.copy_(result_lse)
+
     def backward(
         self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
     ) -> Gradients:
+        if inputs.page_table is not None:
+            raise NotImplementedError("paged K and V have no gradients")
         dtype = _working_dtype(problem)
         q, k, v, dout = _flat(inputs.q), _flat(inputs.k), _flat(inputs.v), _flat(dout)
         slope = -(dout.to(dtype) * _flat(out).to(dtype)).sum(-1)
@@ -277,6 +287,19 @@ class ReferenceBackend(Backend):
         if sink is None or dsink is None:
             return Gradients(dq, dk, dv, None)
         return Gradients(dq, dk, dv, dsink.to(sink.dtype))
+
+
+def _gathered(problem: Problem, inputs: Inputs) -> Inputs:
+    """Paged K and V as dense ones, (batch, keys that the table reaches, heads, dim); clamped into the pages."""
+    assert inputs.page_table is not None
+    n_pages = inputs.k.shape[0]
+    pages = inputs.page_table.long().clamp(0, max(n_pages - 1, 0))
+    shape = (problem.batch, problem.seqlen_k)
+    if n_pages == 0:
+        k, v = (t.new_zeros((*shape, *t.shape[2:])) for t in (inputs.k, inputs.v))
+    else:
+        k, v = (t[pages].reshape(*shape, *t.shape[2:]) for t in (inputs.k, inputs.v))
+    return inputs._replace(k=k, v=v, page_table=None)
 
 
 BACKEND = ReferenceBackend()

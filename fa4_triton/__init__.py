@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,10 +16,12 @@ from torch import Tensor
 from fa4_core.backends import Backend, Gradients
 from fa4_core.problem import Inputs, Kinds, Problem
 
+if TYPE_CHECKING:
+    from fa4_core.kvcache import CacheInputs, CacheProblem
+
 INSTALL_LINE = "pip install 'fa4-attention[triton]'"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_CAPABILITY = (8, 0)
-UNSUPPORTED = frozenset({"paged KV (page_table)"})
 
 
 @functools.cache
@@ -51,19 +54,27 @@ class TritonBackend(Backend):
         return _unavailable(device)
 
     def missing(self, kinds: Kinds, device: torch.device) -> tuple[str, ...]:
-        missing = sorted(kinds.features() & UNSUPPORTED)
-        if kinds.dtype not in DTYPES:
-            missing.append(f"dtype {kinds.dtype}")
-        return tuple(missing)
+        return () if kinds.dtype in DTYPES else (f"dtype {kinds.dtype}",)
 
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        if problem.kinds.paged:
+            from fa4_triton.decode_launch import paged_forward
+
+            return paged_forward(problem, inputs)
         from fa4_triton.launch import forward
 
         return forward(problem, inputs)
 
+    def attend_cache(self, problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: Tensor) -> None:
+        from fa4_triton.decode_launch import attend_cache
+
+        attend_cache(problem, inputs, out, lse)
+
     def backward(
         self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
     ) -> Gradients:
+        if problem.kinds.paged:
+            raise NotImplementedError("paged K and V have no gradients")
         from fa4_triton.launch import backward
 
         return backward(problem, inputs, out, lse, dout, dlse)

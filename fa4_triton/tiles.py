@@ -89,3 +89,34 @@ def tile_for(kernel: str, kinds: Kinds, target: GPUTarget | None) -> Tile:
         # Without a diagonal to mask nearly all tiles are inner ones, and the overlap pays.
         return Tile(64, 64, 4, 2, tma=True, overlap=True)
     return tile
+
+
+class DecodeTile(NamedTuple):
+    """Query rows and keys of a decode tile, warps and stages, programs of a multiprocessor, tiles of a chunk."""
+
+    rows: int
+    n: int
+    warps: int
+    stages: int
+    programs: int
+    chunk: int
+
+
+MAX_ROWS = 64
+"""Query rows that one decode tile holds at most."""
+
+
+def decode_tile(itemsize: int, cache_itemsize: int, dim: int, rows: int, target: GPUTarget | None) -> DecodeTile:
+    """The tile of the decode kernel.
+
+    itemsize, cache_itemsize: bytes of an element of q and of the cache. dim: the larger head dimension. rows: query
+    rows of a sequence times the heads that share a KV head. A target of None is Triton's interpreter.
+    """
+    packed = max(16, min(MAX_ROWS, 1 << (rows - 1).bit_length()))
+    if target is None:
+        return DecodeTile(packed, 16, 4, 1, 1, 2)
+    kib = SHARED_MEMORY[family_of(target)] // 2  # two programs share a multiprocessor
+    n = 64 if itemsize == 2 else 32
+    stage = 2 * n * max(64, dim) * cache_itemsize
+    stages = max(1, min(4, (kib - 16) * 1024 // stage))
+    return DecodeTile(packed, n, 4, stages, 2, 8)

@@ -33,6 +33,12 @@ def index(*values, dtype=INT32):
     return torch.tensor(values, dtype=dtype)
 
 
+def paged(**changed):
+    """A valid call on paged keys: three pages of 8 rows, one for each of two sequences, with arguments changed."""
+    pages = {"k": rows(3, 8, 2, 16), "v": rows(3, 8, 2, 24), "page_table": index([0], [2]), "seqused_k": index(8, 5)}
+    return {"q": rows(2, 5, 4, 16), **pages, **changed}
+
+
 class NotATensor:
     pass
 
@@ -129,7 +135,23 @@ BAD = {
     "an unknown backend": (dense(backend="cuda"), ValueError, "backend", "'auto', 'cute', 'triton', 'reference'"),
     "a backend that is no name": (dense(backend=0), TypeError, "backend", "str"),
     "no backend": (dense(backend=None), TypeError, "backend", "str"),
-    "a page table": (dense(page_table=torch.zeros(2, 1, dtype=INT32)), NotImplementedError, "page_table", "support"),
+    "a page table without lengths": (dense(page_table=index([0], [1])), ValueError, "seqused_k", "page_table"),
+    "a page table with cu_seqlens_k": (
+        packed(page_table=index([0], [1]), k=rows(2, 8, 2, 16), v=rows(2, 8, 2, 24)), ValueError, "cu_seqlens_k",
+        "seqused_k",
+    ),
+    "a page table with max_seqlen_k": (
+        paged(cu_seqlens_q=index(0, 2, 5), q=rows(5, 4, 16), max_seqlen_k=8), ValueError, "max_seqlen_k", "page_table"
+    ),
+    "a page table of int64": (paged(page_table=index([0], [1], dtype=torch.int64)), TypeError, "page_table", "int32"),
+    "a page table of rank 1": (paged(page_table=index(0, 1)), ValueError, "page_table", "(batch, pages)"),
+    "a page table of another batch": (paged(page_table=index([0])), ValueError, "page_table", "(2, 1)"),
+    "pages of 12 rows": (paged(k=rows(3, 12, 2, 16), v=rows(3, 12, 2, 24)), ValueError, "k", "multiples of 8"),
+    "pages that are packed": (paged(k=rows(24, 2, 16)), ValueError, "k", "(n_pages, page_size, heads, head_dim)"),
+    "numbers of pages differ": (paged(v=rows(4, 8, 2, 24)), ValueError, "v", "k's 3"),
+    "a page that does not exist": (paged(page_table=index([0], [3])), ValueError, "page_table", "0 to 2"),
+    "more keys than the pages hold": (paged(seqused_k=index(9, 1)), ValueError, "seqused_k", "0 to 8"),
+    "a gradient through pages": (paged(q=rows(2, 5, 4, 16).requires_grad_()), ValueError, "q", "no_grad"),
 }  # fmt: skip
 
 
@@ -166,7 +188,7 @@ def test_drawn_invalid_calls_are_refused_by_name(bad):
     assert bad.argument in str(caught.value)
 
 
-@pytest.mark.parametrize("call", [dense(), packed()], ids=["dense", "packed"])
+@pytest.mark.parametrize("call", [dense(), packed(), paged()], ids=["dense", "packed", "paged"])
 def test_the_calls_above_are_valid_but_for_what_they_change(call):
     attention(**call)
 
