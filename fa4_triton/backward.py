@@ -11,21 +11,24 @@ import triton.language as tl
 
 from fa4_triton.steps import (
     LOG2_E,
+    Pairs,
     Sequences,
     Statistics,
     Strided,
     Values,
     base_of,
     block_of,
-    find_sequence,
-    key_tiles,
+    in_window,
+    key_phases,
+    load_numbers,
     load_rows,
     load_zeroed,
-    query_tiles,
+    locate,
+    pairs_base,
+    query_phases,
     score_slope,
     span_of,
     store_rows,
-    visible,
 )
 
 
@@ -35,7 +38,7 @@ def row_slopes(
     out: Strided,
     lse: Statistics,
     dlse: Statistics,
-    slope: Statistics,
+    pairs: Pairs,
     sink,
     dsink,
     sequences: Sequences,
@@ -43,17 +46,13 @@ def row_slopes(
     DIM_V: tl.constexpr,
     TILE_M: tl.constexpr,
 ):
-    """Writes slope = rowsum(dO * O) - dLSE, and each tile's share of the sink's gradient into dsink (tiles, heads)."""
+    """Writes two numbers a row: its LSE in log2 units, and its slope = rowsum(dO * O) - dLSE.
+
+    A row that saw no key gets an LSE of +inf, which makes its P zero. Where there is a sink, each program's share of
+    its gradient goes to dsink.
+    """
     DV: tl.constexpr = block_of(DIM_V)
-    pid = tl.program_id(0)
-    if sequences.cu_q is None:
-        tiles = tl.cdiv(sequences.rows_q, TILE_M)
-        sequence = pid // (tiles * heads_q)
-        tile = pid % tiles
-    else:
-        tiles = sequences.rows_q // TILE_M + sequences.batch + 1
-        sequence, tile = find_sequence(sequences.cu_q, sequences.rows_q, sequences.batch, pid % tiles, TILE_M)
-    head = (pid // tiles) % heads_q
+    sequence, head, tile = locate(sequences.cu_q, sequences.rows_q, sequences.batch, heads_q, TILE_M, False)
     span = span_of(sequences.cu_q, sequences.used_q, sequence, sequences.rows_q, sequences.batch)
     first = tile * TILE_M
     row = first + tl.arange(0, TILE_M)
@@ -63,16 +62,17 @@ def row_slopes(
     delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
     if dlse.ptr is not None:
         delta -= tl.load(base_of(dlse, span, head) + row * dlse.stride_s, mask=within, other=0.0)
-    row_lse = tl.load(base_of(lse, span, head) + row * lse.stride_s, mask=within, other=float("inf"))
+    row_lse = tl.load(base_of(lse, span, head) + row * lse.stride_s, mask=within, other=float("-inf"))
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
     # A row without keys passes nothing on: an infinite dLSE there times P = 0 would spread NaN over its tile's keys.
-    delta = tl.where(row_lse == float("-inf"), 0.0, delta)
-    tl.store(base_of(slope, span, head) + row * slope.stride_s, delta, mask=within)
+    delta = tl.where(row_lse == float("inf"), 0.0, delta)
+    at = pairs_base(pairs, span, head) + row
+    tl.store(at, row_lse * LOG2_E, mask=within)
+    tl.store(at + sequences.rows_q, delta, mask=within)
     if sink is not None:
-        logit = tl.load(sink + head).to(tl.float32)
         # An LSE of -inf is a row without keys under a sink of -inf: the sink takes no share there.
-        share = tl.exp2((logit - tl.where(row_lse == float("-inf"), float("inf"), row_lse)) * LOG2_E)
-        part = (pid // (tiles * heads_q)) * tiles + pid % tiles
-        tl.store(dsink + part * heads_q + head, -tl.sum(tl.where(within, share * delta, 0.0), 0))
+        share = tl.exp2((tl.load(sink + head).to(tl.float32) - row_lse) * LOG2_E)
+        tl.store(dsink + tl.program_id(0), -tl.sum(tl.where(within, share * delta, 0.0), 0))
 
 
 @triton.jit
@@ -81,8 +81,7 @@ def attention_backward_kv(
     k: Strided,
     v: Strided,
     dout: Strided,
-    lse: Statistics,
-    slope: Statistics,
+    pairs: Pairs,
     dk: Strided,
     dv: Strided,
     sequences: Sequences,
@@ -90,6 +89,7 @@ def attention_backward_kv(
     heads_kv,
     q_descriptor,
     do_descriptor,
+    pairs_descriptor,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_V: tl.constexpr,
@@ -99,94 +99,83 @@ def attention_backward_kv(
     """Writes dK and dV for TILE_N keys of one KV head, summing over its group of query heads in order."""
     D: tl.constexpr = block_of(DIM)
     DV: tl.constexpr = block_of(DIM_V)
-    pid = tl.program_id(0)
-    if sequences.cu_k is None:
-        tiles = tl.cdiv(sequences.rows_k, TILE_N)
-        sequence = pid // (tiles * heads_kv)
-        tile = pid % tiles
-    else:
-        tiles = sequences.rows_k // TILE_N + sequences.batch + 1
-        sequence, tile = find_sequence(sequences.cu_k, sequences.rows_k, sequences.batch, pid % tiles, TILE_N)
-    head = (pid // tiles) % heads_kv
+    sequence, head, tile = locate(sequences.cu_k, sequences.rows_k, sequences.batch, heads_kv, TILE_N, False)
     span_q = span_of(sequences.cu_q, sequences.used_q, sequence, sequences.rows_q, sequences.batch)
     span_k = span_of(sequences.cu_k, sequences.used_k, sequence, sequences.rows_k, sequences.batch)
     first = tile * TILE_N
     k_tile = load_zeroed(k, span_k, head, first, True, TILE_N, DIM, D)
     v_tile = load_zeroed(v, span_k, head, first, True, TILE_N, DIM_V, DV)
-    dk_acc = tl.zeros([TILE_N, D], tl.float32)
-    dv_acc = tl.zeros([TILE_N, DV], tl.float32)
+    grads = (tl.zeros([TILE_N, D], tl.float32), tl.zeros([TILE_N, DV], tl.float32))
     q = Strided(q.ptr, q.stride_b, q.stride_s, q.stride_h, q_descriptor)
     dout = Strided(dout.ptr, dout.stride_b, dout.stride_s, dout.stride_h, do_descriptor)
-    begin, inner_begin, inner_end, end = query_tiles(
-        values, first, tl.minimum(first + TILE_N, span_k.length) - 1, span_q.length, span_k.length, TILE_M
-    )
-    end = tl.where(first < span_k.length, end, begin)
-    # A last, partial key tile needs the mask throughout.
-    inner_end = tl.where(first + TILE_N <= span_k.length, tl.minimum(inner_end, end), begin)
-    inner_begin = tl.minimum(inner_begin, inner_end)
+    pairs = Pairs(pairs.ptr, pairs.stride_b, pairs.stride_h, pairs_descriptor)
+    begin, inner_begin, inner_end, whole_end, end = query_phases(values, first, span_q, span_k, TILE_M, TILE_N)
     for member in range(GROUP):
         head_q = head * GROUP + member
-        dk_acc, dv_acc = add_queries(
-            k_tile, v_tile, q, dout, lse, slope, span_q, span_k, head_q, dk_acc, dv_acc, first, values, begin,
-            inner_begin, True, DIM, DIM_V, TILE_M,
+        if values.right is not None:
+            grads = add_queries(
+                k_tile, v_tile, q, dout, pairs, span_q, span_k, head_q, sequences.rows_q, grads, first, values,
+                begin, inner_begin, True, False, DIM, DIM_V, TILE_M,
+            )  # fmt: skip
+        grads = add_queries(
+            k_tile, v_tile, q, dout, pairs, span_q, span_k, head_q, sequences.rows_q, grads, first, values,
+            inner_begin, inner_end, False, False, DIM, DIM_V, TILE_M,
         )  # fmt: skip
-        dk_acc, dv_acc = add_queries(
-            k_tile, v_tile, q, dout, lse, slope, span_q, span_k, head_q, dk_acc, dv_acc, first, values, inner_begin,
-            inner_end, False, DIM, DIM_V, TILE_M,
+        if values.left is not None:
+            grads = add_queries(
+                k_tile, v_tile, q, dout, pairs, span_q, span_k, head_q, sequences.rows_q, grads, first, values,
+                inner_end, whole_end, True, False, DIM, DIM_V, TILE_M,
+            )  # fmt: skip
+        grads = add_queries(
+            k_tile, v_tile, q, dout, pairs, span_q, span_k, head_q, sequences.rows_q, grads, first, values,
+            whole_end, end, True, True, DIM, DIM_V, TILE_M,
         )  # fmt: skip
-        dk_acc, dv_acc = add_queries(
-            k_tile, v_tile, q, dout, lse, slope, span_q, span_k, head_q, dk_acc, dv_acc, first, values, inner_end, end,
-            True, DIM, DIM_V, TILE_M,
-        )  # fmt: skip
-    dk_acc *= values.scale
+    # Keys past the end saw scores, too: each key sums for itself alone, so theirs are dropped here.
+    within = (first + tl.arange(0, TILE_N) < span_k.length)[:, None]
+    dk_acc = tl.where(within, grads[0] * values.scale, 0.0)
+    dv_acc = tl.where(within, grads[1], 0.0)
     store_rows(dk, span_k, head, first, dk_acc, TILE_N, DIM, D)
     store_rows(dv, span_k, head, first, dv_acc, TILE_N, DIM_V, DV)
 
 
 @triton.jit
 def add_queries(
-    k_tile, v_tile, q, dout, lse, slope, span_q, span_k, head_q, dk_acc, dv_acc, first_k, values, begin, end,
-    MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_M: tl.constexpr,
+    k_tile, v_tile, q, dout, pairs, span_q, span_k, head_q, rows_q, grads, first_k, values, begin, end,
+    MASKED: tl.constexpr, PARTIAL: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_M: tl.constexpr,
 ):  # fmt: skip
-    """Adds the query tiles begin to end of one head to (dk_acc, dv_acc); scores are transposed, keys by rows."""
+    """Adds the query tiles begin to end of one head to grads = (dK, dV); scores are transposed, keys by rows.
+
+    MASKED: a window hides some. PARTIAL: some rows lie past the sequence's end.
+    """
     TILE_N: tl.constexpr = k_tile.shape[0]
     D: tl.constexpr = k_tile.shape[1]
     DV: tl.constexpr = v_tile.shape[1]
-    lse_base = base_of(lse, span_q, head_q)
-    slope_base = base_of(slope, span_q, head_q)
     for i in range(begin, end):
         first = i * TILE_M
         row = first + tl.arange(0, TILE_M)
-        q_tile = load_zeroed(q, span_q, head_q, first, MASKED, TILE_M, DIM, D)
-        row_lse = load_lse(lse_base + row * lse.stride_s, row < span_q.length, MASKED)
+        q_tile = load_zeroed(q, span_q, head_q, first, PARTIAL, TILE_M, DIM, D)
+        row_lse = load_numbers(pairs, span_q, head_q, first, 0, PARTIAL, TILE_M)
         scores, slope_factor = score_slope(values, tl.dot(k_tile, q_tile.T, input_precision="ieee"))
         p = tl.exp2(scores - row_lse[None, :])
         if MASKED:
             key = first_k + tl.arange(0, TILE_N)
-            seen = visible(values, row[None, :], key[:, None], span_q.length, span_k.length)
+            seen = in_window(values, row[None, :], key[:, None], span_k.length - span_q.length)
+            if seen is not None:
+                p = tl.where(seen, p, 0.0)
+        if PARTIAL:
             # Rows past the end are zeros, and 0 times an infinite key is a score of NaN.
-            p = tl.where(seen & (row < span_q.length)[None, :], p, 0.0)
-        do_tile = load_zeroed(dout, span_q, head_q, first, MASKED, TILE_M, DIM_V, DV)
-        dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision="ieee")
-        row_slope = load_statistic(slope_base + row * slope.stride_s, row < span_q.length, 0.0, MASKED)
+            p = tl.where((row < span_q.length)[None, :], p, 0.0)
+        do_tile = load_zeroed(dout, span_q, head_q, first, PARTIAL, TILE_M, DIM_V, DV)
+        dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, grads[1], input_precision="ieee")
+        row_slope = load_numbers(pairs, span_q, head_q, first, rows_q, PARTIAL, TILE_M)
+        if PARTIAL:
+            row_slope = tl.where(row < span_q.length, row_slope, 0.0)
         ds = p * (tl.dot(v_tile, do_tile.T, input_precision="ieee") - row_slope[None, :])
         if values.softcap is not None:
             ds = ds * slope_factor
-        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
-    return dk_acc, dv_acc
-
-
-@triton.jit
-def load_statistic(ptrs, within, other, MASKED: tl.constexpr):
-    """One float32 a row; rows that are none read as `other`."""
-    return tl.load(ptrs, mask=within, other=other) if MASKED else tl.load(ptrs)
-
-
-@triton.jit
-def load_lse(ptrs, within, MASKED: tl.constexpr):
-    """LSE in log2 units; rows that saw no key, or are none, read as +inf, which makes their P zero."""
-    row_lse = load_statistic(ptrs, within, float("inf"), MASKED)
-    return tl.where(row_lse == float("-inf"), float("inf"), row_lse) * LOG2_E
+        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, grads[0], input_precision="ieee")
+        grads = (dk_acc, dv_acc)
+    return grads
 
 
 @triton.jit
@@ -195,8 +184,7 @@ def attention_backward_q(
     k: Strided,
     v: Strided,
     dout: Strided,
-    lse: Statistics,
-    slope: Statistics,
+    pairs: Pairs,
     dq: Strided,
     sequences: Sequences,
     values: Values,
@@ -212,16 +200,7 @@ def attention_backward_q(
     """Writes dQ for TILE_M rows of one query head."""
     D: tl.constexpr = block_of(DIM)
     DV: tl.constexpr = block_of(DIM_V)
-    pid = tl.program_id(0)
-    if sequences.cu_q is None:
-        tiles = tl.cdiv(sequences.rows_q, TILE_M)
-        sequence = pid // (tiles * heads_q)
-    else:
-        tiles = sequences.rows_q // TILE_M + sequences.batch + 1
-    head = (pid // tiles) % heads_q
-    tile = tiles - 1 - pid % tiles
-    if sequences.cu_q is not None:
-        sequence, tile = find_sequence(sequences.cu_q, sequences.rows_q, sequences.batch, tile, TILE_M)
+    sequence, head, tile = locate(sequences.cu_q, sequences.rows_q, sequences.batch, heads_q, TILE_M, True)
     span_q = span_of(sequences.cu_q, sequences.used_q, sequence, sequences.rows_q, sequences.batch)
     span_k = span_of(sequences.cu_k, sequences.used_k, sequence, sequences.rows_k, sequences.batch)
     first = tile * TILE_M
@@ -229,29 +208,30 @@ def attention_backward_q(
     within = row < span_q.length
     q_tile = load_zeroed(q, span_q, head, first, True, TILE_M, DIM, D)
     do_tile = load_zeroed(dout, span_q, head, first, True, TILE_M, DIM_V, DV)
-    row_lse = load_lse(base_of(lse, span_q, head) + row * lse.stride_s, within, True)
-    row_slope = tl.load(base_of(slope, span_q, head) + row * slope.stride_s, mask=within, other=0.0)
+    numbers = pairs_base(pairs, span_q, head) + row
+    row_lse = tl.load(numbers, mask=within, other=float("inf"))
+    row_slope = tl.load(numbers + sequences.rows_q, mask=within, other=0.0)
     dq_acc = tl.zeros([TILE_M, D], tl.float32)
     k = Strided(k.ptr, k.stride_b, k.stride_s, k.stride_h, k_descriptor)
     v = Strided(v.ptr, v.stride_b, v.stride_s, v.stride_h, v_descriptor)
-    begin, inner_begin, inner_end, end = key_tiles(
-        values, first, tl.minimum(first + TILE_M, span_q.length) - 1, span_q.length, span_k.length, TILE_N
-    )
-    end = tl.where(first < span_q.length, end, begin)
-    inner_end = tl.minimum(inner_end, end)
-    inner_begin = tl.minimum(inner_begin, inner_end)
+    begin, inner_begin, inner_end, whole_end, end = key_phases(values, first, span_q, span_k, TILE_M, TILE_N)
     dq_acc = add_keys(
         q_tile, do_tile, row_lse, row_slope, k, v, span_q, span_k, head // GROUP, dq_acc, row, values,
-        inner_begin, inner_end, False, DIM, DIM_V, TILE_N,
+        inner_begin, inner_end, False, False, DIM, DIM_V, TILE_N,
     )  # fmt: skip
+    if values.right is not None:
+        dq_acc = add_keys(
+            q_tile, do_tile, row_lse, row_slope, k, v, span_q, span_k, head // GROUP, dq_acc, row, values,
+            inner_end, whole_end, True, False, DIM, DIM_V, TILE_N,
+        )  # fmt: skip
     dq_acc = add_keys(
         q_tile, do_tile, row_lse, row_slope, k, v, span_q, span_k, head // GROUP, dq_acc, row, values,
-        inner_end, end, True, DIM, DIM_V, TILE_N,
+        whole_end, end, True, True, DIM, DIM_V, TILE_N,
     )  # fmt: skip
     if values.left is not None:
         dq_acc = add_keys(
             q_tile, do_tile, row_lse, row_slope, k, v, span_q, span_k, head // GROUP, dq_acc, row, values,
-            begin, inner_begin, True, DIM, DIM_V, TILE_N,
+            begin, inner_begin, True, False, DIM, DIM_V, TILE_N,
         )  # fmt: skip
     dq_acc *= values.scale
     store_rows(dq, span_q, head, first, dq_acc, TILE_M, DIM, D)
@@ -260,22 +240,26 @@ def attention_backward_q(
 @triton.jit
 def add_keys(
     q_tile, do_tile, row_lse, row_slope, k, v, span_q, span_k, head_kv, dq_acc, row, values, begin, end,
-    MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_N: tl.constexpr,
+    MASKED: tl.constexpr, PARTIAL: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds the key tiles begin to end to dq_acc."""
+    """Adds the key tiles begin to end to dq_acc; MASKED and PARTIAL as in `add_queries`, of keys."""
     D: tl.constexpr = q_tile.shape[1]
     DV: tl.constexpr = do_tile.shape[1]
     for i in range(begin, end):
         first = i * TILE_N
-        k_tile = load_zeroed(k, span_k, head_kv, first, MASKED, TILE_N, DIM, D)
-        v_tile = load_rows(v, span_k, head_kv, first, MASKED, TILE_N, DIM_V, DV)
+        key = first + tl.arange(0, TILE_N)
+        k_tile = load_zeroed(k, span_k, head_kv, first, PARTIAL, TILE_N, DIM, D)
+        v_tile = load_rows(v, span_k, head_kv, first, PARTIAL, TILE_N, DIM_V, DV)
         scores, slope_factor = score_slope(values, tl.dot(q_tile, k_tile.T, input_precision="ieee"))
         p = tl.exp2(scores - row_lse[:, None])
         ds = p * (tl.dot(do_tile, v_tile.T, input_precision="ieee") - row_slope[:, None])
         if values.softcap is not None:
             ds = ds * slope_factor
         if MASKED:
-            key = first + tl.arange(0, TILE_N)
-            ds = tl.where(visible(values, row[:, None], key[None, :], span_q.length, span_k.length), ds, 0.0)
+            seen = in_window(values, row[:, None], key[None, :], span_k.length - span_q.length)
+            if seen is not None:
+                ds = tl.where(seen, ds, 0.0)
+        if PARTIAL:
+            ds = tl.where((key < span_k.length)[None, :], ds, 0.0)
         dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision="ieee")
     return dq_acc

@@ -19,15 +19,15 @@ from fa4_triton.steps import (
     Values,
     base_of,
     block_of,
-    find_sequence,
     follow_max,
-    key_tiles,
+    in_window,
+    key_phases,
     load_rows,
     load_zeroed,
+    locate,
     log2_scores,
     span_of,
     store_rows,
-    visible,
 )
 
 
@@ -58,17 +58,7 @@ def attention_forward(
     """
     D: tl.constexpr = block_of(DIM)
     DV: tl.constexpr = block_of(DIM_V)
-    pid = tl.program_id(0)
-    if sequences.cu_q is None:
-        tiles = tl.cdiv(sequences.rows_q, TILE_M)
-        sequence = pid // (tiles * heads_q)
-    else:
-        tiles = sequences.rows_q // TILE_M + sequences.batch + 1
-    head = (pid // tiles) % heads_q
-    # Later rows see more keys under a causal mask: longest first, so that short programs fill the end.
-    tile = tiles - 1 - pid % tiles
-    if sequences.cu_q is not None:
-        sequence, tile = find_sequence(sequences.cu_q, sequences.rows_q, sequences.batch, tile, TILE_M)
+    sequence, head, tile = locate(sequences.cu_q, sequences.rows_q, sequences.batch, heads_q, TILE_M, True)
     span_q = span_of(sequences.cu_q, sequences.used_q, sequence, sequences.rows_q, sequences.batch)
     span_k = span_of(sequences.cu_k, sequences.used_k, sequence, sequences.rows_k, sequences.batch)
     k = Strided(k.ptr, k.stride_b, k.stride_s, k.stride_h, k_descriptor)
@@ -84,25 +74,28 @@ def attention_forward(
         tl.zeros([TILE_M], tl.float32),
         tl.zeros([TILE_M], tl.int32),
     )
-    begin, inner_begin, inner_end, end = key_tiles(
-        values, first, tl.minimum(first + TILE_M, span_q.length) - 1, span_q.length, span_k.length, TILE_N
+    begin, inner_begin, inner_end, whole_end, end = key_phases(values, first, span_q, span_k, TILE_M, TILE_N)
+    state = visit(
+        q_tile, k, v, span_q, span_k, head_kv, state, row, values, whole_end, end, True, True, DIM, DIM_V, TILE_N
     )
-    end = tl.where(first < span_q.length, end, begin)
-    inner_end = tl.minimum(inner_end, end)
-    state = visit(q_tile, k, v, span_q, span_k, head_kv, state, row, values, inner_end, end, True, DIM, DIM_V, TILE_N)
+    if values.right is not None:
+        state = visit(
+            q_tile, k, v, span_q, span_k, head_kv, state, row, values, inner_end, whole_end, True, False, DIM, DIM_V,
+            TILE_N,
+        )  # fmt: skip
     if OVERLAP:
         state = visit_overlapped(
             q_tile, k, v, span_k, head_kv, state, values, inner_begin, inner_end, DIM, DIM_V, TILE_N
         )
     else:
         state = visit(
-            q_tile, k, v, span_q, span_k, head_kv, state, row, values, inner_begin, inner_end, False, DIM, DIM_V,
+            q_tile, k, v, span_q, span_k, head_kv, state, row, values, inner_begin, inner_end, False, False, DIM, DIM_V,
             TILE_N,
         )  # fmt: skip
     if values.left is not None:
         state = visit(
-            q_tile, k, v, span_q, span_k, head_kv, state, row, values, begin, tl.minimum(inner_begin, inner_end), True,
-            DIM, DIM_V, TILE_N,
+            q_tile, k, v, span_q, span_k, head_kv, state, row, values, begin, inner_begin, True, False, DIM, DIM_V,
+            TILE_N,
         )  # fmt: skip
     acc, row_max, row_sum, skips = state
 
@@ -142,19 +135,25 @@ def fold(scores, factor, state, threshold):
 @triton.jit
 def visit(
     q_tile, k, v, span_q, span_k, head_kv, state, row, values, begin, end,
-    MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_N: tl.constexpr,
+    MASKED: tl.constexpr, PARTIAL: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """Folds the key tiles begin to end, the last one first, into the state (acc, row_max, row_sum, skips)."""
+    """Folds the key tiles begin to end, the last one first, into the state (acc, row_max, row_sum, skips).
+
+    MASKED: a window hides some keys. PARTIAL: some lie past the sequence's end.
+    """
     for i in range(begin, end):
         first = (end - 1 - (i - begin)) * TILE_N
-        k_tile = load_rows(k, span_k, head_kv, first, MASKED, TILE_N, DIM, q_tile.shape[1])
+        k_tile = load_rows(k, span_k, head_kv, first, PARTIAL, TILE_N, DIM, q_tile.shape[1])
         scores, factor = log2_scores(values, tl.dot(q_tile, k_tile.T, input_precision="ieee"))
         if MASKED:
             key = first + tl.arange(0, TILE_N)
-            seen = visible(values, row[:, None], key[None, :], span_q.length, span_k.length)
-            scores = tl.where(seen, scores, float("-inf"))
+            seen = in_window(values, row[:, None], key[None, :], span_k.length - span_q.length)
+            if seen is not None:
+                scores = tl.where(seen, scores, float("-inf"))
+            if PARTIAL:
+                scores = tl.where((key < span_k.length)[None, :], scores, float("-inf"))
         p, state = fold(scores, factor, state, values.threshold)
-        v_tile = load_zeroed(v, span_k, head_kv, first, MASKED, TILE_N, DIM_V, state[0].shape[1])
+        v_tile = load_zeroed(v, span_k, head_kv, first, PARTIAL, TILE_N, DIM_V, state[0].shape[1])
         acc = tl.dot(p.to(v_tile.dtype), v_tile, state[0], input_precision="ieee")
         state = (acc, state[1], state[2], state[3])
     return state

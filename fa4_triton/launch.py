@@ -18,7 +18,7 @@ from fa4_triton import interpreted
 from fa4_triton.backward import attention_backward_kv, attention_backward_q, row_slopes
 from fa4_triton.compile import compile_kernel, is_aligned
 from fa4_triton.forward import attention_forward
-from fa4_triton.steps import Sequences, Statistics, Strided, Values
+from fa4_triton.steps import Pairs, Sequences, Statistics, Strided, Values
 from fa4_triton.tiles import Tile, tile_for
 
 SLOPE_ROWS = 64
@@ -211,30 +211,31 @@ def backward(
     kinds, device = problem.kinds, inputs.q.device
     q, k, v, sink = inputs.q, inputs.k, inputs.v, inputs.sink
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (q, k, v))
-    slope = torch.empty_like(lse)
+    numbers = lse.new_empty((*lse.shape[:-1], 2, lse.shape[-1]))
+    pairs = Pairs(numbers, 0 if kinds.varlen else numbers.stride(0), numbers.stride(-3), None)
     aligned = all(map(is_aligned, (q, k, v, dout)))
     sequences, values = _sequences(problem, inputs), _values(problem)
 
     plan = _plan("row_slopes", kinds, device)
-    grid = _tiles(problem.seqlen_q, SLOPE_ROWS, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q)
-    parts = None if sink is None else lse.new_empty((grid // problem.heads_q, problem.heads_q))
+    tiles = _tiles(problem.seqlen_q, SLOPE_ROWS, kinds.varlen, problem.batch)
+    grid = tiles * _heads(problem, problem.heads_q)
+    shares = None if sink is None else lse.new_empty((grid // max(1, problem.heads_q * tiles), problem.heads_q, tiles))
     args = (
-        _rows(dout), _rows(out), _statistics(lse), _statistics(dlse), _statistics(slope), sink, parts, sequences,
-        problem.heads_q,
+        _rows(dout), _rows(out), _statistics(lse), _statistics(dlse), pairs, sink, shares, sequences, problem.heads_q,
     )  # fmt: skip
     _launch(row_slopes, plan, device, grid, args, (_dtype(sink), dlse is not None, aligned and is_aligned(out)))
 
-    statistics = (_statistics(lse), _statistics(slope))
     plan = _plan("backward_kv", kinds, device)
     tma = _wants_tma(problem, plan, aligned)
     q_rows, q_descriptor = _described(q, plan.tile.m, tma)
     do_rows, do_descriptor = _described(dout, plan.tile.m, tma)
+    pairs_descriptor = TensorDescriptor(numbers, [numbers.numel()], [1], [plan.tile.m]) if tma else None
     grid = _tiles(problem.seqlen_k, plan.tile.n, kinds.varlen, problem.batch) * _heads(problem, problem.heads_kv)
     args = (
-        q_rows, _rows(k), _rows(v), do_rows, *statistics, _rows(dk), _rows(dv), sequences, values, problem.heads_kv,
-        q_descriptor, do_descriptor,
+        q_rows, _rows(k), _rows(v), do_rows, pairs, _rows(dk), _rows(dv), sequences, values, problem.heads_kv,
+        q_descriptor, do_descriptor, pairs_descriptor,
     )  # fmt: skip
-    layout = (q_descriptor is not None, do_descriptor is not None, aligned)
+    layout = (q_descriptor is not None, do_descriptor is not None, tma, aligned)
     _launch(attention_backward_kv, plan, device, grid, args, layout)
 
     plan = _plan("backward_q", kinds, device)
@@ -243,11 +244,11 @@ def backward(
     v_rows, v_descriptor = _described(v, plan.tile.n, tma)
     grid = _tiles(problem.seqlen_q, plan.tile.m, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q)
     args = (
-        _rows(q), k_rows, v_rows, _rows(dout), *statistics, _rows(dq), sequences, values, problem.heads_q,
-        k_descriptor, v_descriptor,
+        _rows(q), k_rows, v_rows, _rows(dout), pairs, _rows(dq), sequences, values, problem.heads_q, k_descriptor,
+        v_descriptor,
     )  # fmt: skip
     layout = (k_descriptor is not None, v_descriptor is not None, aligned)
     _launch(attention_backward_q, plan, device, grid, args, layout)
 
-    dsink = None if sink is None else parts.sum(0).to(sink.dtype)
+    dsink = None if shares is None else shares.sum((0, 2)).to(sink.dtype)
     return Gradients(dq, dk, dv, dsink)

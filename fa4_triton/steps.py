@@ -37,6 +37,18 @@ class Statistics(NamedTuple):
     stride_h: tl.tensor
 
 
+class Pairs(NamedTuple):
+    """A float32 (batch, heads, 2, rows) tensor, two numbers a row, with rows side by side.
+
+    Pointer, strides in elements, and a TMA descriptor that sees the whole tensor as one vector, or None.
+    """
+
+    ptr: tl.tensor
+    stride_b: tl.tensor
+    stride_h: tl.tensor
+    descriptor: tl.tensor
+
+
 class Sequences(NamedTuple):
     """Where sequences lie. cu_* and used_* are int32 pointers or None; rows_*: a tensor's rows (total in varlen)."""
 
@@ -98,6 +110,27 @@ def find_sequence(cu, rows, batch, tile, TILE: tl.constexpr):
 
 
 @triton.jit
+def locate(cu, rows, batch, heads, TILE: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """This program's (sequence, head, tile): of a one-dimensional grid, tiles fastest, then heads, then batch.
+
+    LAST_FIRST: later rows see more keys under a causal mask, so that short programs fill the end.
+    """
+    pid = tl.program_id(0)
+    if cu is None:
+        tiles = tl.cdiv(rows, TILE)
+        sequence = pid // (tiles * heads)
+    else:
+        tiles = rows // TILE + batch + 1
+    head = (pid // tiles) % heads
+    tile = pid % tiles
+    if LAST_FIRST:
+        tile = tiles - 1 - tile
+    if cu is not None:
+        sequence, tile = find_sequence(cu, rows, batch, tile, TILE)
+    return sequence, head, tile
+
+
+@triton.jit
 def span_of(cu, used, sequence, rows, batch):
     """The span of one sequence; lengths and starts read from the device are clamped into the tensor."""
     if cu is None:
@@ -128,6 +161,29 @@ def base_of(tensor, span, head):
         + tl.cast(span.start, tl.int64) * tensor.stride_s
         + tl.cast(head, tl.int64) * tensor.stride_h
     )
+
+
+@triton.jit
+def pairs_base(pairs, span, head):
+    """Pointer to the first of the first rows' numbers of a sequence's head."""
+    at = tl.cast(span.batch, tl.int64) * pairs.stride_b + tl.cast(head, tl.int64) * pairs.stride_h
+    return pairs.ptr + at + span.start
+
+
+@triton.jit
+def load_numbers(pairs, span, head, first, beyond, PARTIAL: tl.constexpr, ROWS: tl.constexpr):
+    """The first numbers of ROWS rows from row `first` of the span on, or the second, which lie `beyond` rows further.
+
+    Those of rows past the span's length, in a PARTIAL tile, are any.
+    """
+    if pairs.descriptor is not None:
+        at = span.batch * pairs.stride_b + head * pairs.stride_h + span.start + beyond + first
+        numbers = pairs.descriptor.load([at.to(tl.int32)])
+    else:
+        row = first + tl.arange(0, ROWS)
+        ptrs = pairs_base(pairs, span, head) + beyond + row
+        numbers = tl.load(ptrs, mask=row < span.length, other=0.0) if PARTIAL else tl.load(ptrs)
+    return numbers
 
 
 @triton.jit
@@ -223,6 +279,52 @@ def query_tiles(values, first_k, last_k, len_q, len_k, TILE_M: tl.constexpr):
     inner_begin = tl.maximum(tl.minimum((inner_first + TILE_M - 1) // TILE_M, end), begin)
     inner_end = tl.minimum(tl.maximum(inner_last // TILE_M, inner_begin), end)
     return begin, inner_begin, inner_end, end
+
+
+@triton.jit
+def key_phases(values, first_q, span_q, span_k, TILE_M: tl.constexpr, TILE_N: tl.constexpr):
+    """Tiles of keys that the TILE_M query rows from first_q on see: (begin, inner_begin, inner_end, whole_end, end).
+
+    As `key_tiles`, and empty past the last query row. The tiles whole_end to end, one at most, run past the last key;
+    none of the others does.
+    """
+    last_q = tl.minimum(first_q + TILE_M, span_q.length) - 1
+    begin, inner_begin, inner_end, end = key_tiles(values, first_q, last_q, span_q.length, span_k.length, TILE_N)
+    end = tl.where(first_q < span_q.length, end, begin)
+    return _phases(begin, inner_begin, inner_end, end, span_k.length // TILE_N)
+
+
+@triton.jit
+def query_phases(values, first_k, span_q, span_k, TILE_M: tl.constexpr, TILE_N: tl.constexpr):
+    """Tiles of query rows that see the TILE_N keys from first_k on: as `key_phases`, with the sides exchanged."""
+    last_k = tl.minimum(first_k + TILE_N, span_k.length) - 1
+    begin, inner_begin, inner_end, end = query_tiles(values, first_k, last_k, span_q.length, span_k.length, TILE_M)
+    end = tl.where(first_k < span_k.length, end, begin)
+    return _phases(begin, inner_begin, inner_end, end, span_q.length // TILE_M)
+
+
+@triton.jit
+def _phases(begin, inner_begin, inner_end, end, whole):
+    """Keeps the ranges of `key_tiles` within begin to end, and all but the last within the first `whole` tiles."""
+    whole_end = tl.maximum(tl.minimum(end, whole), begin)
+    inner_begin = tl.minimum(inner_begin, whole_end)
+    inner_end = tl.maximum(tl.minimum(inner_end, whole_end), inner_begin)
+    return begin, inner_begin, inner_end, whole_end, end
+
+
+@triton.jit
+def in_window(values, row, key, shift):
+    """Whether the window shows `key` to `row`, broadcast against each other; None where neither side is bounded.
+
+    shift = len_k - len_q: windows align bottom-right.
+    """
+    mask = None
+    if values.right is not None:
+        mask = key <= row + (shift + values.right)
+    if values.left is not None:
+        after = key >= row + (shift - values.left)
+        mask = after if mask is None else mask & after
+    return mask
 
 
 @triton.jit
