@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dispatch import attention
+from dispatch import attention, attention_with_kvcache
 from fa4_core.bench.cases import SUITES
 from fa4_core.bench.contestants import RACE
 from fa4_core.commands.bench import run_bench
@@ -42,6 +42,7 @@ def main(
         budget_minutes=budget_minutes,
         check=check,
         warm_jobs=warm_jobs,
+        with_kvcache=attention_with_kvcache,
     )
 
 

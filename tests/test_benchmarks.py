@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 import dispatch
 from benchmarks import chart as chart_script
 from fa4_core.bench import report, timing
-from fa4_core.bench.cases import DTYPES, SUITES, Case
-from fa4_core.bench.contestants import RACE, Contestant, FlashAttention3, all_contestants
+from fa4_core.bench.cases import DTYPES, SUITES, Case, DecodeCase, parse_case
+from fa4_core.bench.contestants import RACE, Contestant, Dispatch, FlashAttention3, all_contestants
 from fa4_core.bench.harness import Bench, make_tensors
 from fa4_core.bench.results import Results, open_results
 from fa4_core.bench.timing import WallTimer, interleaved
@@ -28,6 +28,7 @@ from fa4_core.bench.warm import cells_to_warm, run_cell, warm_up
 
 CPU = torch.device("cpu")
 SMALL = Case(16, 2, 1, 1, 48, 48, causal=True, dtype="fp32")
+STEP = DecodeCase(16, 2, 1, 3, 20, dtype="fp32")
 
 drawn_cases = st.builds(
     Case,
@@ -40,23 +41,76 @@ drawn_cases = st.builds(
     causal=st.booleans(),
     window=st.none() | st.integers(0, 80),
     dtype=st.sampled_from(tuple(DTYPES)),
+    head_dim_v=st.sampled_from((0, 16, 48)),
+    softcap=st.integers(0, 50),
+    sink=st.booleans(),
+)
+packed_cases = st.builds(
+    lambda tokens, mean, **fields: Case(16, 1, 1, 1, tokens, tokens, mean_length=mean, **fields),
+    tokens=st.integers(1, 70),
+    mean=st.integers(1, 40),
+    causal=st.booleans(),
+    window=st.none() | st.integers(0, 80),
+)
+decode_cases = st.builds(
+    DecodeCase,
+    head_dim=st.sampled_from((16, 128)),
+    heads_q=st.integers(1, 64),
+    heads_kv=st.integers(1, 64),
+    batch=st.integers(1, 99),
+    seqlen=st.integers(1, 5000),
+    longest=st.just(0) | st.integers(1, 9999),
+    capacity=st.just(0) | st.integers(9999, 20000),
+    page=st.sampled_from((0, 1, 16)),
+    dtype=st.sampled_from(tuple(DTYPES)),
 )
 
 
-@given(drawn_cases)
+@given(drawn_cases | packed_cases | decode_cases)
 def test_a_cases_name_says_everything(case):
-    assert Case.parse(case.name) == case
+    assert parse_case(case.name) == case
+
+
+@given(decode_cases)
+def test_a_decode_case_has_room_for_its_lengths(case):
+    assert len(case.lengths) == case.batch
+    assert max(case.lengths) <= case.room
+    assert case.room % max(case.page, 1) == 0
+    itemsize = 4 if case.dtype == "fp32" else 2
+    assert case.cache_bytes == 2 * sum(case.lengths) * case.heads_kv * case.head_dim * itemsize
+
+
+def test_lengths_are_exponential_and_fill_the_case():
+    case = Case(64, 32, 32, 1, 32768, 32768, causal=True, mean_length=512)
+    assert sum(case.packed_lengths) == 32768
+    assert 512 * 0.7 < 32768 / len(case.packed_lengths) < 512 * 1.4
+    ragged = DecodeCase(128, 32, 8, 512, 4096, longest=65536).lengths
+    assert ragged[0] == 65536
+    assert sum(ragged[1:]) / 511 == pytest.approx(4096, rel=0.15)
 
 
 def test_names_are_as_in_the_result_files():
     assert Case(128, 16, 16, 1, 16384, 16384, causal=True).name == "D128 H16/16 B1 S16384 causal bf16"
     assert Case(64, 32, 8, 2, 1, 4096, causal=False, window=9).name == "D64 H32/8 B2 S1/4096 full window 9 bf16"
+    latent = Case(192, 16, 16, 1, 512, 512, causal=True, head_dim_v=128, softcap=30, sink=True)
+    assert latent.name == "D192/128 H16/16 B1 S512 causal softcap 30 sink bf16"
+    assert Case(64, 8, 8, 1, 512, 512, causal=True, mean_length=64).name == "D64 H8/8 B1 S512 mean 64 causal bf16"
+    paged = DecodeCase(128, 32, 8, 16, 8192, page=16)
+    assert paged.name == "decode D128 H32/8 B16 S8192 page 16 bf16"
 
 
-@pytest.mark.parametrize("name", ["", "D64", "D64 H8/8 B1 S1 causal", "D64 H8/8 B1 S1 causal int8", "decode"])
+@pytest.mark.parametrize(
+    "name", ["", "D64", "D64 H8/8 B1 S1 causal", "D64 H8/8 B1 S1 causal int8", "decode", "decode D8"]
+)
 def test_other_names_are_refused(name):
     with pytest.raises(ValueError, match=re.escape(repr(name))):
-        Case.parse(name)
+        parse_case(name)
+
+
+@given(packed_cases)
+def test_flops_of_packed_sequences_are_their_sum(case):
+    alone = [replace(case, seqlen_q=n, seqlen_k=n, mean_length=None) for n in case.packed_lengths]
+    assert case.forward_flops == sum(c.forward_flops for c in alone)
 
 
 @given(drawn_cases)
@@ -67,7 +121,8 @@ def test_flops_count_the_pairs_that_the_reference_attends_to(case):
     v = torch.eye(case.seqlen_k)[None, :, None]
     p = dispatch.attention(q, k, v, causal=case.causal, window=(case.window, None), backend="reference")
     assert case.visible_pairs == int((p > 0).sum())
-    assert case.forward_flops == 4 * case.head_dim * case.visible_pairs * case.heads_q * case.batch
+    dims = case.head_dim + case.head_dim_v
+    assert case.forward_flops == 2 * dims * case.visible_pairs * case.heads_q * case.batch
 
 
 def test_the_matrix_holds_the_cells_that_are_promised():
@@ -81,6 +136,15 @@ def test_the_matrix_holds_the_cells_that_are_promised():
         assert case.batch * case.seqlen_q == 16384
         # Twice the largest L2 there is: a call cannot find in it what the call before left there.
         assert case.forward_bytes > 2 * 126 * 2**20
+    features = {(c.head_dim, c.head_dim_v, c.window, c.softcap, c.sink) for c in SUITES["features"]}
+    assert {(64, 64, 128, 0, True), (96, 96, None, 0, False), (192, 128, None, 0, False)} <= features
+    packed = {(c.head_dim, c.mean_length, c.seqlen_q) for c in SUITES["varlen"]}
+    assert packed == {(d, mean, 32768) for d in (64, 128) for mean in (512, 2048)}
+    decode = {(c.batch, c.seqlen, c.heads_q, c.heads_kv) for c in SUITES["decode"]}
+    assert {(1, 32768, 32, 8), (16, 8192, 32, 8), (64, 4096, 64, 8), (128, 2048, 32, 32)} <= decode
+    assert {(c.longest, c.capacity, c.page) for c in SUITES["decode"]} >= {
+        (65536, 0, 0), (0, 131072, 0), (0, 0, 16), (0, 0, 256)
+    }  # fmt: skip
     windows = [c for c in SUITES["forward"] if c.window is not None]
     assert {(c.causal, c.seqlen_q, c.window) for c in windows} == {(True, 16384, 1024)}
 
@@ -97,6 +161,15 @@ def test_contestants_say_on_the_cpu_that_they_need_a_gpu(name):
 def test_contestants_refuse_what_they_would_compute_differently():
     known = all_contestants(dispatch.attention)
     windowed, bottom_right = replace(SMALL, window=4), replace(SMALL, seqlen_q=7)
+    packed = replace(SMALL, mean_length=9)
+    for name, case, lacks in (
+        ("fa2", packed, "packed"), ("flex", packed, "packed"), ("cudnn", replace(SMALL, softcap=3), "softcap"),
+        ("flex", replace(SMALL, sink=True), "sink"),
+    ):  # fmt: skip
+        assert lacks in known[name].refusal(case, backward=False)
+    for changed in ({"page": 16}, {"capacity": 99}, {"longest": 99}):
+        for name in ("fa2", "cudnn", "fa4"):
+            assert "lengths" in known[name].decode_refusal(replace(STEP, **changed))
     for name in ("fa2", "cudnn", "math"):
         assert "window" in known[name].refusal(windowed, backward=False)
         assert "top-left" in known[name].refusal(bottom_right, backward=False)
@@ -104,7 +177,7 @@ def test_contestants_refuse_what_they_would_compute_differently():
 
 
 def test_fa3_refuses_what_its_build_leaves_out(monkeypatch):
-    flags = {"BACKWARD": True, "LOCAL": True, "FP16": True}
+    flags = {"BACKWARD": True, "LOCAL": True, "FP16": True, "PAGEDKV": True}
     module = type(report)("fa3_fwd_config")
     module.CONFIG = {"build_flags": {f"FLASHATTENTION_DISABLE_{name}": value for name, value in flags.items()}}
     monkeypatch.setitem(sys.modules, "fa3_fwd_config", module)
@@ -113,6 +186,8 @@ def test_fa3_refuses_what_its_build_leaves_out(monkeypatch):
     assert FlashAttention3().refusal(case, backward=True) == "this build leaves out backward"
     assert FlashAttention3().refusal(replace(case, window=4), backward=False) == "this build leaves out local"
     assert FlashAttention3().refusal(replace(case, dtype="fp16"), backward=False) == "this build leaves out fp16"
+    assert FlashAttention3().decode_refusal(STEP) is None
+    assert FlashAttention3().decode_refusal(replace(STEP, page=16)) == "this build leaves out pagedkv"
 
 
 class Fake(Contestant):
@@ -154,6 +229,55 @@ def test_every_contestant_gives_a_row_with_its_rate(suite):
         assert row["error_norm"] < 1e-6
         assert row["case"] == SMALL.name
     assert [row["name"] for row in rows] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("suite", "case"),
+    [
+        ("varlen", replace(SMALL, mean_length=9)),
+        ("features", replace(SMALL, head_dim_v=24, softcap=3, sink=True, window=20)),
+    ],
+)
+def test_cases_with_features_reach_the_contestants(suite, case):
+    """Checked against the reference with them: one that arrives without its softcap, sink or ends is an error row."""
+    contestants = all_contestants(dispatch.attention)
+    (row,) = rows_of(suite, contestants["reference"], cases=(case,))
+    assert row["error_norm"] < 1e-6
+    assert row["tflops"] > 0
+    for lost in ({"softcap": 0.0}, {"sink": None}, {"cu_seqlens_q": None, "cu_seqlens_k": None}):
+
+        def forgets(q, k, v, lost=lost, **options):
+            kept = lost if options["backend"] == "triton" and set(lost) <= set(options) else {}
+            q, k, v = (t[None] if "cu_seqlens_q" in kept and t.dim() == 3 else t for t in (q, k, v))
+            out = dispatch.attention(q, k, v, **{**options, **kept, "backend": "reference"})
+            return out[0] if "cu_seqlens_q" in kept and case.mean_length else out
+
+        forgetful = Dispatch(forgets, "triton")
+        forgetful.unavailable = lambda device: None
+        (row,) = rows_of(suite, forgetful, cases=(case,))
+        matters = (case.mean_length is not None) == ("cu_seqlens_q" in lost)
+        assert ("error" in row) == matters, lost
+
+
+@pytest.mark.parametrize("changed", [{}, {"longest": 33}, {"capacity": 50}, {"page": 8}, {"page": 1, "longest": 30}])
+def test_decode_rows_hold_bandwidth_and_host_time(changed):
+    case = replace(STEP, **changed)
+    contestants = all_contestants(dispatch.attention, dispatch.attention_with_kvcache)
+    reference, math = (row for row in rows_of("decode", contestants["reference"], contestants["math"], cases=(case,)))
+    assert reference["gb_per_s"] == pytest.approx(case.cache_bytes / reference["ms"] / 1e6)
+    assert reference["wall_us"] > 0
+    assert reference["error_norm"] < 1e-6
+    assert ("skipped" in math) == bool(changed)
+
+
+def test_a_wrong_decode_step_is_an_error_not_a_time():
+    def forgets_the_lengths(q, k, v, cache_seqlens, **options):
+        return dispatch.attention_with_kvcache(q, k, v, cache_seqlens=cache_seqlens // 2, **options)
+
+    contestants = all_contestants(dispatch.attention, forgets_the_lengths)
+    (row,) = rows_of("decode", contestants["reference"], cases=(STEP,))
+    assert row["error"].startswith("ArithmeticError: wrong result")
+    assert "gb_per_s" not in row
 
 
 def test_heads_first_contestants_are_compared_in_the_common_layout():

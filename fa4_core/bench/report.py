@@ -32,12 +32,16 @@ TITLES = {
 METRICS = {
     "forward": ("tflops",),
     "backward": ("tflops",),
+    "features": ("tflops",),
+    "varlen": ("tflops",),
+    "decode": ("gb_per_s", "wall_us"),
     "memory": ("extra_mib", "step_extra_mib"),
     "host": ("wall_us", "wall_grad_us", "wall_step_us"),
 }
 """The columns that stand in a suite's tables."""
 UNITS = {
     "tflops": "TFLOP/s",
+    "gb_per_s": "GB/s of keys and values",
     "extra_mib": "MiB beyond the inputs, forward",
     "step_extra_mib": "MiB beyond the inputs, forward and backward",
     "wall_us": "us of host time a call, no grad",
@@ -81,7 +85,7 @@ def text(rows: Sequence[Row]) -> str:
             table = pivot(rows, suite, metric)
             if table.empty:
                 continue
-            shown = with_ratios(table) if metric == "tflops" else table
+            shown = with_ratios(table) if metric in ("tflops", "gb_per_s") else table
             formats = {name: ("{:.2f}" if name.startswith("/") else "{:.4g}").format for name in shown}
             parts.append(f"\n{suite}, {UNITS[metric]}\n{shown.to_string(formatters=formats, na_rep='-')}")
     windows = window_shares(rows)
@@ -106,10 +110,11 @@ def window_shares(rows: Sequence[Row]) -> pd.DataFrame:
 def markdown(results: Results) -> str:
     """The README's tables: speed of the forward and the backward, host time, memory, and where it was measured."""
     parts = []
-    for suite in ("forward", "backward"):
-        table = pivot(results.rows, suite, "tflops")
+    for suite in ("forward", "backward", "features", "varlen", "decode"):
+        metric = METRICS[suite][0]
+        table = pivot(results.rows, suite, metric)
         if not table.empty:
-            parts.append(f"**{suite.capitalize()}, {UNITS['tflops']}** (more is better)\n\n{_markdown_table(table)}")
+            parts.append(f"**{suite.capitalize()}, {UNITS[metric]}** (more is better)\n\n{_markdown_table(table)}")
     for suite, title in (("host", "Host time"), ("memory", "Memory")):
         tables = []
         for metric in METRICS[suite]:

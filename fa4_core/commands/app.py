@@ -52,7 +52,9 @@ def make_app(dispatch: ModuleType) -> typer.Typer:
 
     @app.command("bench")
     def run_bench(
-        suite: Annotated[str, typer.Option(help="Comma-separated: forward, backward, memory, host.")] = "forward",
+        suite: Annotated[
+            str, typer.Option(help="Comma-separated: forward, backward, features, varlen, decode, memory, host.")
+        ] = "forward",
         case_filter: Annotated[str, typer.Option(help="Only cases whose name this regular expression matches.")] = "",
         case: Annotated[
             list[str] | None, typer.Option(help="A case by name, instead of the suite's own; repeat for several.")
@@ -80,6 +82,7 @@ def make_app(dispatch: ModuleType) -> typer.Typer:
             rounds=rounds,
             budget_minutes=budget_minutes,
             chart=chart,
+            with_kvcache=dispatch.attention_with_kvcache,
         )
 
     return app

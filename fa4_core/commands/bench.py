@@ -11,7 +11,7 @@ import torch
 import typer
 
 from fa4_core.bench import results as result_files
-from fa4_core.bench.cases import SUITES, Case
+from fa4_core.bench.cases import SUITES, Case, DecodeCase, parse_case
 from fa4_core.bench.contestants import RACE, Contestant, all_contestants
 from fa4_core.bench.harness import Bench, Row
 from fa4_core.bench.timing import CudaTimer, WallTimer
@@ -31,6 +31,7 @@ def run_bench(
     check: bool = True,
     warm_jobs: int = 0,
     chart: Path | None = None,
+    with_kvcache: Callable | None = None,
 ) -> list[Row]:
     """Runs suites over contestants, saving after every case; returns this run's rows.
 
@@ -46,13 +47,14 @@ def run_bench(
         warm_jobs: this many processes compile ahead what compiles into a cache on disk; 0: none does.
         check: compare every result with float32 first, and fail the row where it is wrong.
         chart: where to write the chart, or None.
+        with_kvcache: `dispatch.attention_with_kvcache`, for the suite "decode".
 
     Raises:
         typer.BadParameter: an unknown suite, case or contestant, or `out` was measured in another environment.
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    known = all_contestants(attention)
+    known = all_contestants(attention, with_kvcache)
     chosen = _chosen(known, contestants or (list(RACE) if on_gpu else ["reference"]))
     deadline = time.monotonic() + 60 * budget_minutes
     try:
@@ -63,7 +65,7 @@ def run_bench(
     run = results.start_run(result_files.commit())
     if warm_jobs:
         started = time.monotonic()
-        count = warm_up(attention, planned, chosen, device, warm_jobs)
+        count = warm_up(attention, planned, chosen, device, warm_jobs, with_kvcache)
         typer.echo(f"compiled ahead for {count} cells in {time.monotonic() - started:.0f} s")
     bench = Bench(CudaTimer() if on_gpu else WallTimer(), device, rounds, attention if check else None)
     rows: list[Row] = []
@@ -95,10 +97,12 @@ def _chosen(known: dict[str, Contestant], names: list[str]) -> dict[str, Contest
     return {name: known[name] for name in names}
 
 
-def _cases(suite: str, case_filter: str, names: list[str] | None) -> list[Case]:
+def _cases(suite: str, case_filter: str, names: list[str] | None) -> list[Case | DecodeCase]:
     if suite not in SUITES:
         raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
-    cases = SUITES[suite] if names is None else [Case.parse(name) for name in names]
+    cases = SUITES[suite] if names is None else [parse_case(name) for name in names]
+    if names is not None and any(isinstance(case, DecodeCase) != (suite == "decode") for case in cases):
+        raise ValueError(f"case: {', '.join(names)} do not all belong to suite {suite!r}")
     return [case for case in cases if re.search(case_filter, case.name)]
 
 
@@ -106,6 +110,8 @@ def _progress(rows: list[Row], seconds: float) -> str:
     def figure(row: Row) -> str:
         if "tflops" in row:
             return f"{row['tflops']:.4g}"
+        if "gb_per_s" in row:
+            return f"{row['gb_per_s']:.0f}"
         if "error" in row:
             return "error"
         if "skipped" in row:
