@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .lowering import NotSimple, lower
 from .program import Program
-from .ptx import Imm, Instruction, Kernel, Label, Mem, Pair, Reg, Sum, Vec
+from .ptx import Imm, Instruction, Kernel, Label, Mem, Reg, Sum, registers
 
 SYNCHRONISATION = (
     "mbarrier.",
@@ -163,20 +163,8 @@ def _swap(kernel: Kernel, a: int, b: int) -> None:
     code[a], code[b] = code[b], code[a]
 
 
-def _registers(operand) -> set:
-    if isinstance(operand, Reg):
-        return {operand}
-    if isinstance(operand, (Vec, Mem)):
-        return set().union(*map(_registers, operand.items)) if operand.items else set()
-    if isinstance(operand, Pair):
-        return _registers(operand.first) | _registers(operand.second)
-    if isinstance(operand, Sum):
-        return {operand.base}
-    return set()
-
-
 def _touched(i: Instruction) -> set:
-    return set().union({i.guard} - {None}, *map(_registers, i.operands))
+    return set().union({i.guard} - {None}, *map(registers, i.operands))
 
 
 def _is_simple(i: Instruction) -> bool:
@@ -199,11 +187,11 @@ def _neighbour(kernel: Kernel, at: int) -> int | None:
             return None
         if not _is_simple(i):
             fixed = (_touched(first) | _touched(i)) & written_between
-            destinations = _registers(first.operands[0]) if "wait.parity" in first.op else set()
+            destinations = set(registers(first.operands[0])) if "wait.parity" in first.op else set()
             if any(first.op.startswith(p) and i.op.startswith(p) for p in ("mbarrier.init", "mbarrier.arrive")):
                 return None  # two of a kind by one thread, nothing between: their order is free
             if fixed or destinations & _touched(i) or i.parts[0] in ("ld", "elect", "shfl", "vote"):
                 return None
             return n
-        written_between |= _registers(i.operands[0]) if i.operands else set()
+        written_between |= set(registers(i.operands[0])) if i.operands else set()
     return None

@@ -223,6 +223,48 @@ def _wgmma_tile(kind, n, a_mn, b_mn, descriptors, load_descriptor) -> list[str]:
     return lines
 
 
+def wgmma_from_registers(
+    kind: str,
+    n: int,
+    accumulator: str,
+    *,
+    fence: str = "wgmma.fence.sync.aligned;",
+    wait: str = "wgmma.wait_group.sync.aligned 0;",
+    between: str = "",
+    scale_a: int = 1,
+) -> str:
+    """PTX that computes D = scale_a * A B^T + C with A (64 x 32 bytes) in registers: one wgmma of a warpgroup.
+
+    Parameters, all of words a thread: A fragments (4), B as it lies in shared memory (n x 32 bytes, without swizzle:
+    columns of 16 bytes, first all rows of the first), C and D fragments. between: put between wgmma and its wait, where
+    `%a<4>` are the A registers and `%c<...>` the accumulators.
+    """
+    registers = n // 2 if accumulator == "f32" else n // 4
+    depth = 32 // ELEMENT[kind]
+    words = 8 * n  # of B
+    lines = [
+        "ld.param.b64 %d1, [p0]; mad.wide.u32 %d1, %t, 16, %d1; ld.global.v4.b32 {%a0,%a1,%a2,%a3}, [%d1];",
+        f"ld.param.b64 %d3, [p2]; mad.wide.u32 %d3, %t, {4 * registers}, %d3;",
+        *[f"ld.global.b32 %c{r}, [%d3+{4 * r}];" for r in range(registers)],
+        "ld.param.b64 %d2, [p1]; mov.b32 %r1, smem; mov.b32 %r2, %t;",
+        f"COPY: setp.ge.u32 %p1, %r2, {words}; @%p1 bra COPIED; mad.wide.u32 %d4, %r2, 4, %d2;",
+        "ld.global.b32 %r3, [%d4];",
+        "shl.b32 %r4, %r2, 2; add.s32 %r4, %r4, %r1; st.shared.b32 [%r4], %r3; add.s32 %r2, %r2, 128; bra COPY;",
+        "COPIED: fence.proxy.async.shared::cta; bar.sync 0;",
+        f"shr.u32 %r5, %r1, 4; cvt.u64.u32 %d5, %r5; or.b64 %d5, %d5, {n << 16 | 8 << 32};",
+        fence,
+        f"wgmma.mma_async.sync.aligned.m64n{n}k{depth}.{accumulator}.{kind}.{kind} "
+        f"{{{','.join(f'%c{r}' for r in range(registers))}}}, {{%a0,%a1,%a2,%a3}}, %d5, 1, {scale_a}, 1"
+        + (", 0;" if ELEMENT[kind] == 2 else ";"),
+        "wgmma.commit_group.sync.aligned;",
+        between,
+        wait,
+        f"ld.param.b64 %d6, [p3]; mad.wide.u32 %d6, %t, {4 * registers}, %d6;",
+        *[f"st.global.b32 [%d6+{4 * r}], %c{r};" for r in range(registers)],
+    ]
+    return kernel(4, "\n".join(lines), f".reg .b32 %a<4>;\n.reg .b32 %c<{max(registers, 1)}>;", 128)
+
+
 def two_tiles_one_buffer(wait_for_mma: bool) -> tuple[str, Operand, Operand, int]:
     """D = A B^T over two K tiles that share one buffer: 128x64x(2*64), bf16, tcgen05.
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import RaceError
+from .hazards import UNFENCED
 from .machine import Machine, Result, Schedule
 from .memory import Allocation, GlobalMemory
 from .program import Program
@@ -219,10 +220,11 @@ _TRITON_ELEMENT = {
 }
 
 
-TRITON_TOLERATES = ("missing mbarrier init fence", "uninitialised read")
+TRITON_TOLERATES = ("missing mbarrier init fence", "uninitialised read", UNFENCED)
 """Kinds of race reports that are notes for Triton's output, by its own habits (docs/emulator.md): it fences the
-initialisation of some mbarriers only, and its pipeliner reads buffers of loop iterations that do not run and drops the
-values. What is read then is NaN here, so a value that is not dropped shows."""
+initialisation of some mbarriers only; its pipeliner reads buffers of loop iterations that do not run and drops the
+values (what is read then is NaN here, so a value that is not dropped shows); and its compiler moves arithmetic on A
+fragments behind the wgmma.fence, which the assembler orders."""
 
 
 def launch_triton(compiled, grid, args, *, seed: int = 0, check: bool = True, memory: Sequence = (),

@@ -22,6 +22,7 @@ import numpy as np
 from .barriers import Rendezvous
 from .errors import Deadlock, Livelock, OutOfBounds, TensorMemoryError, Unsupported
 from .frame import SHARED_RANK_SHIFT, Frame
+from .hazards import EARLY_LOAD, Marks
 from .memory import GlobalMemory
 from .program import BRANCH, HANDLED, RUN, Program
 from .races import Actors, RaceLog, SharedShadow, TensorMemoryShadow
@@ -96,7 +97,7 @@ class Warp:
         self.copies = CopyGroups()
         self.wgmma = CopyGroups()
         self.pending_tmem_stores: list = []
-        self.pending_tmem_loads: list = []
+        self.marks = Marks()
         self.registers: int | None = None
         self.cluster_generation: int | None = None
         self.open_waits: set[int] = set()
@@ -440,7 +441,7 @@ class Machine:
     def __init__(self, program: Program, memory: GlobalMemory, params: bytes, grid, block, *, cluster=(1, 1, 1),
                  dynamic_shared: int = 0, tensor_maps=None, schedule: Schedule | None = None, check_races: bool = True,
                  resident: int = 4, max_steps: int = 5_000_000, register_budget: int | None = None,
-                 tolerate: tuple[str, ...] = ()) -> None:  # fmt: skip
+                 tolerate: tuple[str, ...] = (EARLY_LOAD,)) -> None:  # fmt: skip
         if program.unsupported:
             raise Unsupported("; ".join(program.unsupported[:5]))
         self.program, self.memory = program, memory
@@ -456,6 +457,7 @@ class Machine:
         self.schedule = schedule or Schedule.from_seed(0)
         self.rng = random.Random(self.schedule.seed)
         self.check_races = check_races
+        self.hazards = program.hazards if check_races else None
         self.notes: list[str] = []
         self.races = RaceLog(self.notes, tuple(tolerate))
         self.resident, self.max_steps = resident, max_steps
@@ -588,7 +590,7 @@ class Machine:
 
     def _step(self, group: Group) -> None:
         nodes, cta, executed = self.program.nodes, group.cta, self.executed
-        joins = self.program.joins
+        joins, hazards = self.program.joins, self.hazards
         quantum = self.schedule.quantum
         while quantum > 0:
             quantum -= 1
@@ -596,6 +598,8 @@ class Machine:
             mask = group.mask
             executed[group.pc] = 1
             if node.kind == RUN:
+                if hazards is not None:
+                    hazards.step(group.frame, node, self.races)
                 if mask is None:
                     node.run.full(group.frame, None)
                 else:
@@ -650,6 +654,8 @@ class Machine:
                 if warp.open_waits:
                     self.consequential |= warp.open_waits
                     warp.open_waits.clear()
+        if self.hazards is not None:
+            self.hazards.step(frame, node, self.races)
         answer = node.execute(frame, active)
         if answer is None:
             group.pc = node.next_pc

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from . import instructions
 from .errors import Unsupported
+from .hazards import Access, RegisterHazards
 from .lowering import NotSimple, lower
 from .ptx import BANKS, TYPE_BYTES, Instruction, Kernel, Label
 from .runs import Run
@@ -30,6 +31,7 @@ class Node:
     target: int = -1
     execute: object = None
     problem: str = ""
+    access: Access | None = None
 
 
 class Program:
@@ -40,7 +42,7 @@ class Program:
         self.kernel = kernel
         self.nodes: list[Node | None] = [None] * len(kernel.instructions)
         self.joins = bytearray(len(kernel.instructions) + 1)
-        self.has_wait_ld = any(i.op.startswith("tcgen05.wait::ld") for i in kernel.instructions)
+        self.hazards = RegisterHazards.of(kernel)
         self.shared_cell = _smallest_shared_access(kernel)
         self.banks = {bank: max(kernel.register_counts[bank], 1) for bank in BANKS}
         self._build()

@@ -144,6 +144,38 @@ class Instruction:
         return modifier in self.parts
 
 
+def registers(operand) -> list[Reg]:
+    """The registers that occur in an operand."""
+    if isinstance(operand, Reg):
+        return [operand]
+    if isinstance(operand, NotReg):
+        return [Reg("pred", operand.row)]
+    if isinstance(operand, Sum):
+        return [operand.base]
+    if isinstance(operand, Pair):
+        return registers(operand.first) + registers(operand.second)
+    if isinstance(operand, (Vec, Mem)):
+        return [r for item in operand.items for r in registers(item)]
+    return []
+
+
+_NO_DESTINATION = ("bar", "barrier", "wgmma", "setmaxnreg", "nanosleep", "fence", "bra")
+
+
+def destinations(i: Instruction) -> list[Reg]:
+    """The registers that an instruction writes: those of its first operand, unless that is an address or a source."""
+    if not i.operands or isinstance(i.operands[0], Mem) or i.parts[0] in _NO_DESTINATION:
+        return []
+    return [] if i.op.startswith("tcgen05.dealloc") else registers(i.operands[0])
+
+
+def sources(i: Instruction) -> list[Reg]:
+    """The registers that an instruction reads: operands, addresses and the guard."""
+    start = 1 if destinations(i) else 0
+    found = [r for operand in i.operands[start:] for r in registers(operand)]
+    return found if i.guard is None else [*found, i.guard]
+
+
 @dataclass
 class KernelParam:
     name: str

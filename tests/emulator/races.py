@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 PENDING = 1 << 20
-"""Added to the stamp of a `tcgen05.st` until `wait::st`: nobody can have seen it."""
+"""Added to the stamp of a `tcgen05.st` until `wait::st` and of an `ld` until `wait::ld`: nobody can have seen it."""
 
 
 @dataclass
@@ -187,6 +187,12 @@ class TensorMemoryShadow(Shadow):
 
     def _at(self, cell: int) -> str:
         return f"{self.name} lanes {16 * (cell // self.COLUMNS)}.. column {cell % self.COLUMNS}"
+
+    def end_read(self, cells, actor: int, clock: int, last: bool) -> None:
+        """A pending read is over at `clock`. last: the actor has no other pending one."""
+        self.reads[actor, cells] = clock
+        if last:
+            self.last_read[actor] = clock
 
     @classmethod
     def cells(cls, lanes: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 tile.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from .errors import RaceError
-from .kernels import ELEMENT, kernel, tile_product, two_tiles_one_buffer
+from .kernels import ELEMENT, kernel, tile_product, two_tiles_one_buffer, wgmma_from_registers
 from .launcher import launch
 from .layouts import fragment_a, fragment_b, fragment_c
 from .tensor_map import TensorMap
@@ -96,6 +98,55 @@ def test_wgmma_on_tma_tiles_is_a_matrix_product(span, a_mn, b_mn, n, k, kind, se
 @given(span=SPANS, kind=st.sampled_from(["tf32", "e4m3", "e5m2"]), seed=st.integers(0, 63))
 def test_wgmma_on_other_types_is_a_matrix_product(span, kind, seed):
     run_tile(kind, 64, 64, 128, span, False, False, True, seed)
+
+
+@dataclass
+class RegisterProduct:
+    """Inputs of `wgmma_from_registers` and its exact result."""
+
+    kind: str
+    n: int
+    accumulator: str
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        size, dtype = ELEMENT[self.kind], np.float32 if self.accumulator == "f32" else np.float16
+        word = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[size]
+        depth = 32 // size
+        a, b = small_integers((64, depth), self.kind, self.seed), small_integers((self.n, depth), self.kind, 7)
+        c = np.random.default_rng(self.seed).integers(-9, 9, (64, self.n)).astype(np.float32)
+        self.a, self.b, self.c = a.float().numpy(), b.float().numpy(), c
+        rows, columns = fragment_a(depth, size)
+        bits = a.view(word).numpy().reshape(4, 16, depth)
+        a_words = [np.ascontiguousarray(w[rows, columns]).view(np.uint32)[..., 0].T for w in bits]
+        self.a_words = np.ascontiguousarray(np.concatenate(a_words))
+        chunks = b.view(torch.uint8).numpy().reshape(self.n, 2, 16)
+        self.b_words = np.ascontiguousarray(chunks.transpose(1, 0, 2))
+        self.c_words = self.fragments(c).astype(dtype)
+        self.d_words = np.full_like(self.c_words, np.nan)
+
+    def fragments(self, matrix: np.ndarray) -> np.ndarray:
+        """(threads, elements a thread) of a 64 x n matrix: PTX ISA 9.7.15.5.1.1.2, written out here by hand."""
+        thread, element = np.meshgrid(np.arange(128), np.arange(self.n // 2), indexing="ij")
+        row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (element // 2 % 2)
+        return np.ascontiguousarray(matrix[row, 8 * (element // 4) + thread % 4 * 2 + element % 2])
+
+    def run(self, seed: int = 0, scale_a: int = 1, **text) -> None:
+        ptx = wgmma_from_registers(self.kind, self.n, self.accumulator, scale_a=scale_a, **text)
+        launch(ptx, 1, 128, [self.a_words, self.b_words, self.c_words, self.d_words], dynamic_shared=32 * self.n,
+               seed=seed)  # fmt: skip
+        np.testing.assert_array_equal(self.d_words, self.fragments(scale_a * (self.a @ self.b.T) + self.c))
+
+
+@settings(max_examples=30, phases=(Phase.explicit, Phase.generate))
+@given(kind=st.sampled_from(list(ELEMENT)), n=st.sampled_from([8, 24, 64, 256]),
+       accumulator=st.sampled_from(["f32", "f16"]), scale_a=st.sampled_from([1, -1]),
+       seed=st.integers(0, 63))  # fmt: skip
+def test_wgmma_takes_a_from_registers_and_adds_in_either_precision(kind, n, accumulator, scale_a, seed):
+    """PTX ISA 9.7.15.5.1.1 (fragments), 9.7.15.5.2: every type; f16 accumulators where the type allows them."""
+    if kind in ("bf16", "tf32"):
+        accumulator = "f32"
+    RegisterProduct(kind, n, accumulator, seed).run(seed, scale_a)
 
 
 SHAPES = [("bf16", 8), ("bf16", 16), ("f16", 16), ("tf32", 4), ("tf32", 8), ("e4m3", 32), ("e5m2", 32)]

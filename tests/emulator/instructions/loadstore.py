@@ -346,17 +346,18 @@ def atomic(i, program):
 
 class AsyncCopy:
     """State of asynchronous work that a warp waits for in groups: `read` when the source has been read, `done` at the
-    end, `stamp` for the race check."""
+    end, `waited` when a wait has covered it, `stamp` for the race check."""
 
-    __slots__ = ("done", "read", "stamp")
+    __slots__ = ("done", "read", "stamp", "waited")
 
     def __init__(self, stamp: int) -> None:
-        self.read = self.done = False
+        self.read = self.done = self.waited = False
         self.stamp = stamp
 
 
-def wait_for_groups(i, frame, mask, groups_of, pending: int, attribute: str, slot_of, what: str):
-    """The common wait: all but the youngest `pending` groups of each active warp have `attribute` set."""
+def wait_for_groups(i, frame, mask, groups_of, pending: int, attribute: str, slot_of, what: str, then=None):
+    """The common wait: all but the youngest `pending` groups of each active warp have `attribute` set. then: called
+    with each warp that has waited."""
     from ..machine import Blocked
 
     def passed(current):
@@ -370,11 +371,14 @@ def wait_for_groups(i, frame, mask, groups_of, pending: int, attribute: str, slo
             finished = groups.older_than_last(pending)
             groups.waited = max(groups.waited, len(groups.groups) - pending)
             for op in finished:
+                op.waited = True
                 slot = slot_of(warp)
                 warp.clock[slot] = max(warp.clock[slot], op.stamp)
             if pending == 0:
                 groups.groups.clear()
                 groups.waited = 0
+            if then is not None:
+                then(warp)
         return True
 
     if passed(frame):

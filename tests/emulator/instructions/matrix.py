@@ -145,6 +145,7 @@ def wgmma(i, program):
     else:
         a_mn, b_mn = (bool(flags[2]), bool(flags[3])) if len(flags) > 3 else (False, False)
     a_at = fragment_a(k, size) if from_registers else None
+    accumulators, fragments = program.hazards.wgmma_registers(i)
 
     def execute(frame, mask):
         if blocked := unconverged(i, frame, mask, None):
@@ -184,6 +185,9 @@ def wgmma(i, program):
             check_operand_bounds(machine, a_index, size, i.line)
         accumulate = bool(scale_d.value) if isinstance(scale_d, Imm) else bool(part.read(scale_d)[0])
         op = AsyncCopy(0)
+        if machine.hazards is not None:
+            for warp in part.warps:
+                machine.hazards.multiply(warp, i, op, accumulators, fragments, machine.races)
         for warp in part.warps:
             slot = part.cluster.actors.pipe(warp.id)
             warp.pipe_stamp += 1
@@ -226,6 +230,20 @@ def wgmma(i, program):
     return execute
 
 
+@handles("wgmma.fence")
+def wgmma_fence(i, program):
+    """wgmma.fence: what the warp did to registers so far is ordered before its next wgmma (PTX ISA 9.7.15.7.1)."""
+
+    def execute(frame, mask):
+        if blocked := unconverged(i, frame, mask, None):
+            return blocked
+        for warp in frame.warps:
+            warp.marks.unfenced, warp.marks.fenced = 0, True
+        return None
+
+    return execute
+
+
 @handles("wgmma.commit_group")
 def wgmma_commit(i, program):
     def execute(frame, mask):
@@ -246,8 +264,7 @@ def wgmma_wait(i, program):
         if blocked := unconverged(i, frame, mask, None):
             return blocked
         slot_of = frame.cluster.actors.pipe
-        return wait_for_groups(
-            i, frame, mask, lambda w: w.wgmma, pending, "done", lambda w: slot_of(w.id), "wgmma.wait_group"
-        )
+        return wait_for_groups(i, frame, mask, lambda w: w.wgmma, pending, "done", lambda w: slot_of(w.id),
+                               "wgmma.wait_group", lambda w: w.marks.waited())  # fmt: skip
 
     return execute

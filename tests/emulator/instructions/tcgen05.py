@@ -1,8 +1,8 @@
 """The fifth-generation tensor core: TMEM allocation, loads and stores, MMA, commit (PTX ISA 9.7.16).
 
 `tcgen05.mma` and `tcgen05.commit` of one warp run in order on that warp's pipe. `tcgen05.st` becomes visible at
-`wait::st` at the latest; an `ld` binds at issue, but its registers hold the values only after `wait::ld`, which also
-tells the race check how long the read lasted.
+`wait::st` at the latest; an `ld` reads at issue, but `hazards.py` reports who uses its registers before `wait::ld`,
+which also tells the race check how long the read lasted.
 """
 
 from __future__ import annotations
@@ -12,20 +12,16 @@ import re
 import numpy as np
 
 from ..errors import BarrierMisuse, EmulatorError, TensorMemoryError
+from ..hazards import end_load
 from ..layouts import InstructionDescriptor, SharedDescriptor, accumulator_lanes, tmem_cells
-from ..lowering import lower
-from ..ptx import Imm, Label, Mem, Vec
+from ..ptx import Imm, Mem, Vec
 from ..races import PENDING, TensorMemoryShadow
-from ..runs import Run
 from . import handles, unsupported
 from .control import unconverged
 from .loadstore import _items
 from .matrix import WORD, check_operand_bounds, decode_elements, operand_index
 from .mbarrier import barrier_at, used_by_async_proxy
 from .tma import _same_barrier
-
-UNDEFINED = 0x7FBADBAD
-"""What registers hold between `tcgen05.ld` and its `wait::ld`: a NaN."""
 
 
 def _one_warp(frame):
@@ -160,6 +156,7 @@ def load(i, program):
     rows = _register_rows(i.operands[0])
     shape = _TransferShape(i, len(rows))
     split = i.operands[2].value if len(i.operands) > 2 else 0
+    loaded = program.hazards.bits(_items(i.operands[0]))
 
     def execute(frame, mask):
         if answer := unconverged(i, frame, mask, None):
@@ -168,18 +165,14 @@ def load(i, program):
         for w, (warp, lanes, columns) in enumerate(shape.locate(frame, i.operands[1].items[0], split)):
             if warp.pending_tmem_stores:
                 _flush_stores(warp)
-            cells = None
             if machine.check_races:
                 cells = TensorMemoryShadow.cells(lanes, columns).reshape(1, -1)
                 slot = np.array([warp.id])
-                cta.tmem_shadow.read(cells, slot, warp.clock[slot], warp.clock[None], i.line, "tcgen05.ld")
-            values = cta.tmem.cells[lanes, columns]
-            registers = frame.W[:, 32 * w : 32 * w + 32]
-            if program.has_wait_ld:
-                warp.pending_tmem_loads.append((cells, registers, rows, values))
-            # Until wait::ld the registers hold nothing that a kernel may use.
-            late = program.has_wait_ld and machine.schedule.asynchrony != "eager"
-            registers[rows] = UNDEFINED if late else values
+                stamp = warp.clock[slot] + PENDING
+                cta.tmem_shadow.read(cells, slot, stamp, warp.clock[None], i.line, "tcgen05.ld")
+                warp.marks.loading.append([loaded, cells])
+            frame.W[rows, 32 * w : 32 * w + 32] = cta.tmem.cells[lanes, columns]
+        return None
 
     return execute
 
@@ -232,49 +225,17 @@ def wait_store(i, program):
 
 @handles("tcgen05.wait::ld")
 def wait_load(i, program):
-    """Hands over what the loads before it read, and repeats the moves between them: compilers pack pairs of registers
-    ahead of the wait, which only renames them. Anything else that reads them early keeps its NaN."""
-    moves = _moves_of_loaded(program.kernel.instructions, i)
-    rename = Run(moves, i.line) if moves else None
+    """Ends the warp's loads: their registers may be used, and what comes after is behind their reads."""
 
     def execute(frame, mask):
         if blocked := unconverged(i, frame, mask, None):
             return blocked
-        for warp, _ in frame.active(mask):
-            for cells, registers, rows, values in warp.pending_tmem_loads:
-                registers[rows] = values
-                if cells is not None:
-                    shadow = frame.cta.tmem_shadow
-                    shadow.reads[warp.id, cells] = warp.clock[warp.id]
-                    shadow.last_read[warp.id] = warp.clock[warp.id]
-            warp.pending_tmem_loads.clear()
-        if rename is not None:
-            rename.full(frame, None)
+        for warp in frame.warps:
+            for each in list(warp.marks.loading):
+                end_load(warp, each)
         return None
 
     return execute
-
-
-def _moves_of_loaded(code: list, wait) -> list:
-    """Micro-operations of the `mov`s between a wait::ld and the tcgen05.ld before it, in its straight line of code,
-    that move what those load."""
-    at = next(n for n, i in enumerate(code) if i is wait)
-    targets = {i.operands[0].target for i in code if i.operands and isinstance(i.operands[0], Label)}
-    first = at
-    while first > 0 and first not in targets and code[first - 1].parts[0] not in ("bra", "ret", "exit"):
-        first -= 1
-    loaded: set = set()
-    moves: list = []
-    for i in code[first:at]:
-        if i.op.startswith("tcgen05.ld"):
-            loaded.update(_items(i.operands[0]))
-        elif i.op.startswith("tcgen05.wait::ld"):
-            loaded.clear()
-            moves.clear()
-        elif i.parts[0] == "mov" and i.guard is None and loaded.intersection(_items(i.operands[1])):
-            moves += lower(i)
-            loaded.update(_items(i.operands[0]))
-    return moves
 
 
 # MMA ---------------------------------------------------------------------------------------------------------------
