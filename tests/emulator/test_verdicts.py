@@ -216,10 +216,9 @@ def test_a_tma_store_of_generic_writes_needs_a_proxy_fence(seed):
     cp.async.bulk.tensor.1d.global.shared::cta.bulk_group [%d1, {{0}}], [%r1]; cp.async.bulk.commit_group;
     {wait} DONE:"""
 
-    def go(fence, wait="cp.async.bulk.wait_group 0;"):
-        text = kernel(0, body.format(fence=fence, wait=wait), "", 64).replace(
-            ".entry k(\n\n)", ".entry k(\n.param .align 64 .b8 p0[128])"
-        )
+    def go(fence, wait="cp.async.bulk.wait_group 0;", first=0):
+        text = body.replace("{{0}}", f"{{{{{first}}}}}").format(fence=fence, wait=wait)
+        text = kernel(0, text, "", 64).replace(".entry k(\n\n)", ".entry k(\n.param .align 64 .b8 p0[128])")
         return launch(text, 1, 64, [tmap], memory=[out], dynamic_shared=4096, seed=seed)
 
     go("fence.proxy.async.shared::cta;")
@@ -227,6 +226,10 @@ def test_a_tma_store_of_generic_writes_needs_a_proxy_fence(seed):
     with pytest.raises(RaceError, match="missing proxy fence"):
         go("")
     assert any("did not wait for" in note for note in go("fence.proxy.async.shared::cta;", wait="").notes)
+    go("fence.proxy.async.shared::cta;", first=-4)
+    assert out.tolist() == [*range(4, 64), *range(60, 64)]
+    with pytest.raises(OutOfBounds, match="innermost coordinate 6 of s32 is not a multiple of 16 bytes"):
+        go("fence.proxy.async.shared::cta;", first=6)
 
 
 def test_cp_async_is_visible_only_after_its_wait():

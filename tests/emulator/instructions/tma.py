@@ -107,8 +107,18 @@ def _reduction(i):
     return name
 
 
-def _coordinates(frame, operand: Mem, lane: int) -> list[int]:
-    return [_signed(frame.lane_scalar(x, lane)) for x in operand.items[1].items]
+def _coordinates(frame, operand: Mem, lane: int, tmap: TensorMap, line: int) -> list[int]:
+    """The box's first element. A GPU traps (illegal instruction) where it is not 16-byte aligned along the innermost
+    dimension: seen on an H100, and reported by others (triton-lang/triton#9112)."""
+    found = [_signed(frame.lane_scalar(x, lane)) for x in operand.items[1].items]
+    if len(found) != len(tmap.dims):
+        raise EmulatorError(f"line {line}: {len(found)} coordinates for a map of rank {len(tmap.dims)}")
+    if found[0] * tmap.element_bytes % 16:
+        raise OutOfBounds(
+            f"line {line}: misaligned tensor copy: innermost coordinate {found[0]} of {tmap.element} is not a multiple "
+            "of 16 bytes"
+        )
+    return found
 
 
 def _tensor_load(i):
@@ -119,9 +129,7 @@ def _tensor_load(i):
         for lane in frame.active_lanes(mask):
             warp = frame.lane_warp(lane)
             tmap = tensor_map(frame, frame.lane_scalar(i.operands[1].items[0], lane), i.line)
-            coordinates = _coordinates(frame, i.operands[1], lane)
-            if len(coordinates) != len(tmap.dims):
-                raise EmulatorError(f"line {i.line}: {len(coordinates)} coordinates for a map of rank {len(tmap.dims)}")
+            coordinates = _coordinates(frame, i.operands[1], lane, tmap, i.line)
             # 16 bytes suffice without a swizzle (PTX ISA 5.5); the swizzled modes repeat every 128 bytes and more.
             alignment = 128
             cta, offset = _check_shared(
@@ -177,9 +185,7 @@ def _tensor_store(i, reduction):
                 lanes = [first for _, first in frame.active(mask)]
         for lane in lanes:
             tmap = tensor_map(frame, frame.lane_scalar(i.operands[0].items[0], lane), i.line)
-            coordinates = _coordinates(frame, i.operands[0], lane)
-            if len(coordinates) != len(tmap.dims):
-                raise EmulatorError(f"line {i.line}: {len(coordinates)} coordinates for a map of rank {len(tmap.dims)}")
+            coordinates = _coordinates(frame, i.operands[0], lane, tmap, i.line)
             cta, offset = _check_shared(
                 frame, frame.lane_scalar(i.operands[1].items[0], lane), tmap.box_bytes, 128, i.line
             )
