@@ -20,7 +20,8 @@ from .loadstore import AsyncCopy, _is_cache_policy, wait_for_groups
 from .mbarrier import barrier_at, used_by_async_proxy
 
 _WORD = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_FLOAT = {"f32": np.float32, "f16": np.float16, "f64": np.float64, "u32": np.uint32, "s32": np.int32, "u64": np.uint64}
+_REDUCED = {"f32": np.float32, "f16": np.float16, "f64": np.float64, "u32": np.uint32, "s32": np.int32, "b32": np.uint32,
+            "u64": np.uint64, "s64": np.int64, "b64": np.uint64}  # fmt: skip
 
 
 def tensor_map(frame, address: int, line: int) -> TensorMap:
@@ -216,7 +217,7 @@ def _combine(view, data, reduction, element: str, i) -> None:
             raise unsupported(i)
         view[...] = bf16_bits(bf16_value(view) + bf16_value(data))
         return
-    typed, other = view.view(_FLOAT[element]), data.view(_FLOAT[element])
+    typed, other = view.view(_REDUCED[element]), data.view(_REDUCED[element])
     function = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
                 "xor": np.bitwise_xor}.get(reduction)  # fmt: skip
     if function is None:
@@ -338,7 +339,7 @@ def _bulk_to_cluster(i):
 
 def _bulk_store(i, reduction):
     element = i.type if reduction else "u8"
-    if reduction and element not in _FLOAT and element != "bf16":
+    if reduction and element not in _REDUCED and element != "bf16":
         raise unsupported(i)
 
     def execute(frame, mask):
@@ -354,7 +355,7 @@ def _bulk_store(i, reduction):
                 if reduction is None:
                     view[...] = raw.view(np.uint8)
                 else:
-                    word = np.uint16 if element in ("bf16", "f16") else np.dtype(_FLOAT[element])
+                    word = np.uint16 if element in ("bf16", "f16") else np.dtype(_REDUCED[element])
                     _combine(view.view(word), raw.view(word), reduction, element, i)
 
             _queue_store(frame, lane, cta, np.arange(offset >> 4, (offset + size) >> 4), write, i)
