@@ -86,7 +86,7 @@ def compile_ahead(job: Job) -> str | None:
 
     launch.target_of, launch.tile_for = (lambda device: TARGET), (lambda *_: job.tile)
     launch._launch = _only(job, run)
-    launch._plan.cache_clear()
+    launch.forget()
     try:
         _call(job, TOKENS, "cpu")()
     except Exception as error:  # a candidate that does not compile is a result
@@ -114,7 +114,7 @@ def milliseconds(run: Callable[[], object], repeats: int = 12) -> float:
 def measure(job: Job, seqlen: int) -> dict:
     """One row: the job's fields, ms and useful TFLOP/s (for a backward kernel, as if it were the whole backward)."""
     launch.tile_for = lambda *_: job.tile
-    launch._plan.cache_clear()
+    launch.forget()
     original = launch._launch
     launch._launch = _only(job, original)
     try:

@@ -34,6 +34,8 @@ _LIBRARY.define(
 )
 _N_TENSORS = len(Inputs._fields)
 
+_NO_OTHERS = [None] * (_N_TENSORS - 3)
+
 Chooser = Callable[[Kinds, torch.device, str], Backend]
 
 
@@ -110,11 +112,14 @@ def _with_head_dims(problem: Problem, head_dim: int, head_dim_v: int) -> Problem
 
 def _fitted(problem: Problem, inputs: Inputs, multiple: int) -> tuple[Problem, Inputs]:
     """The problem as the backend's kernels take it (see `Backend`): head dims padded to `multiple`, vectors packed."""
-    q, k, v = (_pad_head_dim(t, multiple) for t in inputs[:3])
-    inputs = Inputs(q, k, v, *[t if t is None else t.contiguous() for t in inputs[3:]])
-    head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-    if (head_dim, head_dim_v) != (problem.kinds.head_dim, problem.kinds.head_dim_v):
-        problem = _with_head_dims(problem, head_dim, head_dim_v)
+    kinds, (q, k, v, *others) = problem.kinds, inputs
+    fits = kinds.head_dim % multiple == kinds.head_dim_v % multiple == 0
+    if fits and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and others == _NO_OTHERS:
+        return problem, inputs
+    q, k, v = (_pad_head_dim(t, multiple) for t in (q, k, v))
+    inputs = Inputs(q, k, v, *[t if t is None else t.contiguous() for t in others])
+    if not fits:
+        problem = _with_head_dims(problem, q.shape[-1], v.shape[-1])
     return problem, inputs
 
 

@@ -24,7 +24,8 @@ from fa4_triton.steps import (
     load_rows,
     load_zeroed,
     locate,
-    pairs_base,
+    pairs_offset,
+    pairs_span,
     query_phases,
     score_slope,
     span_of,
@@ -66,9 +67,9 @@ def row_slopes(
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
     # A row without keys passes nothing on: an infinite dLSE there times P = 0 would spread NaN over its tile's keys.
     delta = tl.where(row_lse == float("inf"), 0.0, delta)
-    at = pairs_base(pairs, span, head) + row
+    at = pairs.ptr + pairs_offset(pairs, pairs_span(sequences, span, sequence), head) + row
     tl.store(at, row_lse * LOG2_E, mask=within)
-    tl.store(at + sequences.rows_q, delta, mask=within)
+    tl.store(at + pairs.room, delta, mask=within)
     if sink is not None:
         # An LSE of -inf is a row without keys under a sink of -inf: the sink takes no share there.
         share = tl.exp2((tl.load(sink + head).to(tl.float32) - row_lse) * LOG2_E)
@@ -108,26 +109,27 @@ def attention_backward_kv(
     grads = (tl.zeros([TILE_N, D], tl.float32), tl.zeros([TILE_N, DV], tl.float32))
     q = Strided(q.ptr, q.stride_b, q.stride_s, q.stride_h, q_descriptor)
     dout = Strided(dout.ptr, dout.stride_b, dout.stride_s, dout.stride_h, do_descriptor)
-    pairs = Pairs(pairs.ptr, pairs.stride_b, pairs.stride_h, pairs_descriptor)
+    pairs = Pairs(pairs.ptr, pairs.stride_b, pairs.stride_h, pairs.room, pairs_descriptor)
+    span_pairs = pairs_span(sequences, span_q, sequence)
     begin, inner_begin, inner_end, whole_end, end = query_phases(values, first, span_q, span_k, TILE_M, TILE_N)
     for member in range(GROUP):
         head_q = head * GROUP + member
         if values.right is not None:
             grads = add_queries(
-                k_tile, v_tile, q, dout, pairs, span_q, span_k, head_q, sequences.rows_q, grads, first, values,
+                k_tile, v_tile, q, dout, pairs, span_pairs, span_q, span_k, head_q, grads, first, values,
                 begin, inner_begin, True, False, DIM, DIM_V, TILE_M,
             )  # fmt: skip
         grads = add_queries(
-            k_tile, v_tile, q, dout, pairs, span_q, span_k, head_q, sequences.rows_q, grads, first, values,
+            k_tile, v_tile, q, dout, pairs, span_pairs, span_q, span_k, head_q, grads, first, values,
             inner_begin, inner_end, False, False, DIM, DIM_V, TILE_M,
         )  # fmt: skip
         if values.left is not None:
             grads = add_queries(
-                k_tile, v_tile, q, dout, pairs, span_q, span_k, head_q, sequences.rows_q, grads, first, values,
+                k_tile, v_tile, q, dout, pairs, span_pairs, span_q, span_k, head_q, grads, first, values,
                 inner_end, whole_end, True, False, DIM, DIM_V, TILE_M,
             )  # fmt: skip
         grads = add_queries(
-            k_tile, v_tile, q, dout, pairs, span_q, span_k, head_q, sequences.rows_q, grads, first, values,
+            k_tile, v_tile, q, dout, pairs, span_pairs, span_q, span_k, head_q, grads, first, values,
             whole_end, end, True, True, DIM, DIM_V, TILE_M,
         )  # fmt: skip
     # Keys past the end saw scores, too: each key sums for itself alone, so theirs are dropped here.
@@ -140,7 +142,7 @@ def attention_backward_kv(
 
 @triton.jit
 def add_queries(
-    k_tile, v_tile, q, dout, pairs, span_q, span_k, head_q, rows_q, grads, first_k, values, begin, end,
+    k_tile, v_tile, q, dout, pairs, span_pairs, span_q, span_k, head_q, grads, first_k, values, begin, end,
     MASKED: tl.constexpr, PARTIAL: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_M: tl.constexpr,
 ):  # fmt: skip
     """Adds the query tiles begin to end of one head to grads = (dK, dV); scores are transposed, keys by rows.
@@ -154,7 +156,7 @@ def add_queries(
         first = i * TILE_M
         row = first + tl.arange(0, TILE_M)
         q_tile = load_zeroed(q, span_q, head_q, first, PARTIAL, TILE_M, DIM, D)
-        row_lse = load_numbers(pairs, span_q, head_q, first, 0, PARTIAL, TILE_M)
+        row_lse = load_numbers(pairs, span_pairs, head_q, first, 0, PARTIAL, TILE_M)
         scores, slope_factor = score_slope(values, tl.dot(k_tile, q_tile.T, input_precision="ieee"))
         p = tl.exp2(scores - row_lse[None, :])
         if MASKED:
@@ -167,7 +169,7 @@ def add_queries(
             p = tl.where((row < span_q.length)[None, :], p, 0.0)
         do_tile = load_zeroed(dout, span_q, head_q, first, PARTIAL, TILE_M, DIM_V, DV)
         dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, grads[1], input_precision="ieee")
-        row_slope = load_numbers(pairs, span_q, head_q, first, rows_q, PARTIAL, TILE_M)
+        row_slope = load_numbers(pairs, span_pairs, head_q, first, 1, PARTIAL, TILE_M)
         if PARTIAL:
             row_slope = tl.where(row < span_q.length, row_slope, 0.0)
         ds = p * (tl.dot(v_tile, do_tile.T, input_precision="ieee") - row_slope[None, :])
@@ -208,9 +210,9 @@ def attention_backward_q(
     within = row < span_q.length
     q_tile = load_zeroed(q, span_q, head, first, True, TILE_M, DIM, D)
     do_tile = load_zeroed(dout, span_q, head, first, True, TILE_M, DIM_V, DV)
-    numbers = pairs_base(pairs, span_q, head) + row
-    row_lse = tl.load(numbers, mask=within, other=float("inf"))
-    row_slope = tl.load(numbers + sequences.rows_q, mask=within, other=0.0)
+    at = pairs.ptr + pairs_offset(pairs, pairs_span(sequences, span_q, sequence), head) + row
+    row_lse = tl.load(at, mask=within, other=float("inf"))
+    row_slope = tl.load(at + pairs.room, mask=within, other=0.0)
     dq_acc = tl.zeros([TILE_M, D], tl.float32)
     k = Strided(k.ptr, k.stride_b, k.stride_s, k.stride_h, k_descriptor)
     v = Strided(v.ptr, v.stride_b, v.stride_s, v.stride_h, v_descriptor)

@@ -31,9 +31,25 @@ _POINTERS = {
 }
 
 
+def pointers_are_aligned(*tensors: torch.Tensor) -> bool:
+    """Whether every tensor's first element lies where 16 bytes can be moved at once."""
+    bits = 0
+    for tensor in tensors:
+        bits |= tensor.data_ptr()
+    return bits % POINTER_ALIGNMENT == 0
+
+
 def is_aligned(tensor: torch.Tensor) -> bool:
     """Whether rows of `tensor` can be moved 16 bytes at a time from every (batch, row, head)."""
     return tensor.data_ptr() % POINTER_ALIGNMENT == 0 and all(s % STRIDE_ALIGNMENT == 0 for s in tensor.stride()[:-1])
+
+
+def named(kernel: Any, args: tuple) -> tuple:
+    """The arguments with each plain tuple made the named one that annotates its parameter."""
+    types = kernel.fn.__annotations__
+    return tuple([
+        types[name](*arg) if type(arg) is tuple and name in types else arg for name, arg in zip(kernel.arg_names, args)
+    ])  # fmt: skip
 
 
 class _Signature:
@@ -83,16 +99,40 @@ def compile_kernel(
     Args:
         kernel: a `triton.jit` function.
         args: run-time arguments; only their kinds count: tensors (meta tensors do), ints (strides by their field's
-            name), floats, None, and named tuples of these.
+            name), floats, None, and tuples of these, which take the names of their parameter's annotation.
         constants: the kernel's constexpr parameters.
         options: num_warps, num_stages.
         aligned: whether pointers and strides are aligned (see `is_aligned`).
     """
     signature = _Signature(aligned)
     names = kernel.arg_names
-    types = {name: signature.type_of((i,), name, arg) for i, (name, arg) in enumerate(zip(names, args))}
+    types = {n: signature.type_of((i,), n, arg) for i, (n, arg) in enumerate(zip(names, named(kernel, args)))}
     for name, value in constants.items():
         types[name] = "constexpr"
         signature.constants[(names.index(name),)] = value
     source = ASTSource(kernel, types, signature.constants, signature.attributes)
     return triton.compile(source, target=target, options=options)
+
+
+def run_compiled(compiled: CompiledKernel, grid: int, index: int, args: tuple) -> None:
+    """Launches `grid` programs of a compiled kernel on the current stream of CUDA device `index`.
+
+    args: all of the kernel's arguments in order. Does what `compiled[(grid, 1, 1)](*args)` does, but prepares nothing
+    for profilers' hooks that nobody set.
+    """
+    if torch._C._cuda_getDevice() != index:
+        with torch.cuda.device(index):
+            return run_compiled(compiled, grid, index, args)
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    hooks = triton.knobs.runtime  # pyright: ignore[reportAttributeAccessIssue]
+    if _is_set(hooks.launch_enter_hook) or _is_set(hooks.launch_exit_hook):
+        compiled[(grid, 1, 1)](*args, stream=stream)  # pyright: ignore[reportOptionalCall]
+    else:
+        # `run` loads the kernel on its first use, so it is asked for before the function.
+        run: Any = compiled.run
+        run(grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+
+
+def _is_set(hook: Any) -> bool:
+    """Whether a hook of Triton's runtime does anything: it is a chain, a function, or None."""
+    return bool(getattr(hook, "calls", hook is not None))

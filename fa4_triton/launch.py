@@ -1,8 +1,13 @@
-"""From a checked problem to the launches: tile choice, compiled handles, grids and the memory of the results."""
+"""From a checked problem to the launches: tile choice, compiled handles, grids and the memory of the results.
+
+Whatever follows from a problem and from how its tensors lie in memory is worked out once and kept: a repeated call
+allocates its results, puts pointers into prepared arguments, and launches.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +21,9 @@ from fa4_core.backends import Gradients
 from fa4_core.problem import Inputs, Kinds, Problem
 from fa4_triton import interpreted
 from fa4_triton.backward import attention_backward_kv, attention_backward_q, row_slopes
-from fa4_triton.compile import compile_kernel, is_aligned
+from fa4_triton.compile import STRIDE_ALIGNMENT, compile_kernel, named, pointers_are_aligned, run_compiled
 from fa4_triton.forward import attention_forward
-from fa4_triton.steps import Pairs, Sequences, Statistics, Strided, Values
+from fa4_triton.steps import Statistics, Strided
 from fa4_triton.tiles import Tile, tile_for
 
 SLOPE_ROWS = 64
@@ -27,68 +32,86 @@ MIN_TMA_FLOPS = 4e9
 
 Tiles are the same either way, and so are the results, bit for bit."""
 
+Stride = tuple[int, ...]
+"""What `Tensor.stride()` gives."""
+
+
+def _row_strides(stride: Stride) -> tuple[int, int, int]:
+    """(batch, row, head) strides of a (B, S, H, D) or (total, H, D) tensor; a packed one's batch stride is unused."""
+    *batch, rows, heads, _ = stride
+    return batch[0] if batch else 0, rows, heads
+
 
 def _rows(tensor: Tensor) -> Strided:
-    """A (B, S, H, D) or (total, H, D) tensor; the batch stride of a packed one is never used."""
-    *batch, rows, heads, _ = tensor.stride()
-    return Strided(tensor, batch[0] if batch else 0, rows, heads, None)
+    """A (B, S, H, D) or (total, H, D) tensor behind its pointer."""
+    return Strided(tensor, *_row_strides(tensor.stride()), None)
 
 
-def _described(tensor: Tensor, rows: int, wanted: bool) -> tuple[Strided, TensorDescriptor | None]:
-    """The tensor behind a TMA descriptor of (rows, head_dim) boxes where its layout allows it, else its pointer.
-
-    The descriptor sees a matrix: (B * S, H * D) where heads lie side by side in a row, (B * H * S, D) where each head
-    is a block of rows.
-    """
-    plain = _rows(tensor)
-    seqlen, heads, dim = tensor.shape[-3:]
-    batch = tensor.shape[0] if tensor.dim() == 4 else 1
-    if not wanted or dim & (dim - 1) or dim < 16 or tensor.numel() == 0:
-        return plain, None
-    side_by_side = plain.stride_h == dim and plain.stride_s >= heads * dim
-    if side_by_side and (batch == 1 or plain.stride_b == seqlen * plain.stride_s):
-        shape, stride = [batch * seqlen, heads * dim], plain.stride_s
-        strided = Strided(None, seqlen, dim, 0, None)
-    elif (
-        plain.stride_s == dim
-        and plain.stride_h == seqlen * dim
-        and (batch == 1 or plain.stride_b == heads * seqlen * dim)
-    ):
-        shape, stride = [batch * heads * seqlen, dim], dim
-        strided = Strided(None, heads * seqlen, 0, seqlen, None)
-    else:
-        return plain, None
-    return strided, TensorDescriptor(tensor, shape, [stride, 1], [rows, dim])
+def _number_strides(stride: Stride) -> tuple[int, int, int]:
+    """(batch, row, head) strides of a (B, H, S) or (H, total) tensor."""
+    *batch, heads, rows = stride
+    return batch[0] if batch else 0, rows, heads
 
 
-def _statistics(tensor: Tensor | None) -> Statistics:
+def _statistics(tensor: Tensor) -> Statistics:
     """A (B, H, S) or (H, total) tensor."""
-    if tensor is None:
-        return Statistics(None, 0, 0, 0)
-    if tensor.dim() == 2:
-        return Statistics(tensor, 0, tensor.stride(1), tensor.stride(0))
-    return Statistics(tensor, tensor.stride(0), tensor.stride(2), tensor.stride(1))
+    return Statistics(tensor, *_number_strides(tensor.stride()))
+
+
+_NO_COUNTS = (None, 0, 0, 0)
 
 
 def _dtype(tensor: Tensor | None) -> torch.dtype | None:
     return None if tensor is None else tensor.dtype
 
 
-def _sequences(problem: Problem, inputs: Inputs) -> Sequences:
-    return Sequences(
-        inputs.cu_seqlens_q,
-        inputs.cu_seqlens_k,
-        inputs.seqused_q,
-        inputs.seqused_k,
-        problem.batch,
-        problem.seqlen_q,
+class _Operand(NamedTuple):
+    """How a kernel reads a tensor with a head_dim: `Strided`'s strides, and what a TMA descriptor takes if it has one.
+
+    box: the matrix that the descriptor sees, its strides, and the box of one load; None behind a pointer.
+    """
+
+    strides: tuple[int, int, int]
+    box: tuple[list[int], list[int], list[int]] | None = None
+
+    def of(self, tensor: Tensor) -> tuple[tuple, TensorDescriptor | None]:
+        """The kernel's two arguments for `tensor`: its `Strided`, as a plain tuple, and its descriptor."""
+        if self.box is None:
+            return (tensor, *self.strides, None), None
+        return (None, *self.strides, None), TensorDescriptor(tensor, *self.box)
+
+
+def _operand(shape: tuple[int, ...], stride: Stride, rows: int, wanted: bool) -> _Operand:
+    """Behind a TMA descriptor of (rows, head_dim) boxes where it is wanted and the layout allows it.
+
+    The descriptor sees a matrix: (B * S, H * D) where heads lie side by side in a row, (B * H * S, D) where each head
+    is a block of rows.
+    """
+    seqlen, heads, dim = shape[-3:]
+    batch = shape[0] if len(shape) == 4 else 1
+    stride_b, stride_s, stride_h = _row_strides(stride)
+    if not wanted or dim & (dim - 1) or dim < 16 or 0 in shape:
+        return _Operand((stride_b, stride_s, stride_h))
+    side_by_side = stride_h == dim and stride_s >= heads * dim
+    if side_by_side and (batch == 1 or stride_b == seqlen * stride_s):
+        return _Operand((seqlen, dim, 0), ([batch * seqlen, heads * dim], [stride_s, 1], [rows, dim]))
+    if stride_s == dim and stride_h == seqlen * dim and (batch == 1 or stride_b == heads * seqlen * dim):
+        return _Operand((heads * seqlen, 0, seqlen), ([batch * heads * seqlen, dim], [dim, 1], [rows, dim]))
+    return _Operand((stride_b, stride_s, stride_h))
+
+
+def _sequences(problem: Problem, inputs: Inputs) -> tuple:
+    """The kernels' `Sequences`, as a plain tuple."""
+    return (
+        inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.seqused_q, inputs.seqused_k, problem.batch, problem.seqlen_q,
         problem.seqlen_k,
-    )
+    )  # fmt: skip
 
 
-def _values(problem: Problem) -> Values:
+def _values(problem: Problem) -> tuple:
+    """The kernels' `Values`, as a plain tuple."""
     kinds = problem.kinds
-    return Values(
+    return (
         float(problem.softmax_scale),
         float(problem.softcap) if kinds.softcap else None,
         problem.window_left if kinds.window_left else None,
@@ -108,10 +131,10 @@ def target_of(device: torch.device) -> GPUTarget:
 
 
 class _Plan(NamedTuple):
-    """What repeated calls of one kind share: the tile, the constexpr arguments, and the compiled kernels by layout."""
+    """What calls of one kind share: the tile, the constexpr arguments, and the compiled kernels by layout."""
 
     tile: Tile
-    constants: tuple[tuple[str, Any], ...]
+    constants: dict[str, Any]
     compiled: dict[tuple, CompiledKernel]
 
 
@@ -119,53 +142,44 @@ class _Plan(NamedTuple):
 def _plan(name: str, kinds: Kinds, device: torch.device) -> _Plan:
     """The plan of kernel `name` for a problem's kinds on a device (with its index: a handle belongs to one device)."""
     if name == "row_slopes":
-        tile = Tile(SLOPE_ROWS, 0, 4, 1)
-        return _Plan(tile, (("DIM_V", kinds.head_dim_v), ("TILE_M", tile.m)), {})
+        return _Plan(Tile(SLOPE_ROWS, 0, 4, 1), {"DIM_V": kinds.head_dim_v, "TILE_M": SLOPE_ROWS}, {})
     tile = tile_for(name, kinds, None if interpreted() else target_of(device))
-    constants = [
-        ("GROUP", kinds.group),
-        ("DIM", kinds.head_dim),
-        ("DIM_V", kinds.head_dim_v),
-        ("TILE_M", tile.m),
-        ("TILE_N", tile.n),
-    ]
+    constants = {
+        "GROUP": kinds.group,
+        "DIM": kinds.head_dim,
+        "DIM_V": kinds.head_dim_v,
+        "TILE_M": tile.m,
+        "TILE_N": tile.n,
+    }
     if name == "forward":
-        constants.append(("OVERLAP", tile.overlap))
-    return _Plan(tile, tuple(constants), {})
+        constants["OVERLAP"] = tile.overlap
+    return _Plan(tile, constants, {})
 
 
 def compile_planned(kernel: Any, plan: _Plan, args: tuple, target: GPUTarget, layout: tuple) -> CompiledKernel:
     """Compiles a kernel as `_launch` would for `target`, which need not be there."""
     options = {"num_warps": plan.tile.warps, "num_stages": plan.tile.stages}
-    return compile_kernel(kernel, args, dict(plan.constants), options, target, layout[-1])
+    if plan.tile.registers:
+        options["maxnreg"] = plan.tile.registers
+    return compile_kernel(kernel, args, plan.constants, options, target, layout[-1])
 
 
 def _launch(kernel: Any, plan: _Plan, device: torch.device, grid: int, args: tuple, layout: tuple) -> None:
     """Launches `grid` programs on the device's current stream.
 
-    layout: what the compiled kernel takes from the arguments beyond the problem's kinds; its last entry is "aligned".
+    args: the kernel's run-time arguments; a plain tuple stands for its parameter's named one. layout: what the compiled
+    kernel takes from them beyond the problem's kinds; its last entry is "aligned".
     """
     if grid == 0:
         return
     if interpreted():
-        kernel[(grid,)](*args, **dict(plan.constants))
+        kernel[(grid,)](*named(kernel, args), **plan.constants)
         return
     compiled = plan.compiled.get(layout)
     if compiled is None:
         with torch.cuda.device(device):
             compiled = plan.compiled[layout] = compile_planned(kernel, plan, args, target_of(device), layout)
-    values = [value for _, value in plan.constants]
-    if torch.cuda.current_device() == device.index:
-        compiled[(grid, 1, 1)](*args, *values)
-    else:
-        with torch.cuda.device(device):
-            compiled[(grid, 1, 1)](*args, *values)
-
-
-def _wants_tma(problem: Problem, plan: _Plan, aligned: bool) -> bool:
-    kinds = problem.kinds
-    flops = 2 * problem.total_q * problem.seqlen_k * problem.heads_q * (kinds.head_dim + kinds.head_dim_v)
-    return aligned and plan.tile.tma and flops >= MIN_TMA_FLOPS
+    run_compiled(compiled, grid, device.index, (*args, *plan.constants.values()))
 
 
 def _tiles(rows: int, size: int, varlen: bool, batch: int) -> int:
@@ -178,77 +192,229 @@ def _heads(problem: Problem, heads: int) -> int:
     return heads if problem.kinds.varlen else heads * problem.batch
 
 
+def _flops(problem: Problem) -> int:
+    """The forward's work if nothing were masked."""
+    dims = problem.kinds.head_dim + problem.kinds.head_dim_v
+    return 2 * problem.total_q * problem.seqlen_k * problem.heads_q * dims
+
+
+class _Shapes(NamedTuple):
+    """Shapes of a problem's tensors."""
+
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+    out: tuple[int, ...]
+    lse: tuple[int, ...]
+
+
+def _shapes(problem: Problem) -> _Shapes:
+    kinds, out = problem.kinds, problem.out_shape
+    keys = (problem.seqlen_k, problem.heads_kv)
+    if not kinds.varlen:
+        keys = (problem.batch, *keys)
+    q, k, v = (*out[:-1], kinds.head_dim), (*keys, kinds.head_dim), (*keys, kinds.head_dim_v)
+    return _Shapes(q, k, v, out, problem.lse_shape)
+
+
+def forget() -> None:
+    """Drops what was prepared and compiled for problems seen before: for tests and tuners that replace a tile."""
+    for kept in (_plan, _prepare_forward, _prepare_backward):
+        kept.cache_clear()
+
+
+def _packed(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(batch, row, head) strides of a contiguous tensor."""
+    seqlen, heads, dim = shape[-3:]
+    return seqlen * heads * dim, heads * dim, dim
+
+
+def _strides_are_aligned(*strides: Stride) -> bool:
+    return all(n % STRIDE_ALIGNMENT == 0 for stride in strides for n in stride[:-1])
+
+
+class _Forward(NamedTuple):
+    """What forward calls share that have one problem and one memory layout. Plain tuples are strides."""
+
+    shapes: _Shapes
+    plan: _Plan
+    grid: int
+    q: tuple
+    k: _Operand
+    v: _Operand
+    out: tuple
+    lse: tuple
+    values: tuple
+    aligned: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare_forward(
+    plans: Any, min_tma_flops: float, problem: Problem, q: Stride, k: Stride, v: Stride, aligned: bool
+) -> _Forward:
+    """plans, min_tma_flops: this module's, which tests replace. q, k, v: their strides; aligned: their pointers are."""
+    kinds, shapes = problem.kinds, _shapes(problem)
+    plan = plans("forward", kinds, problem.device)
+    aligned = aligned and _strides_are_aligned(q, k, v)
+    tma = aligned and plan.tile.tma and _flops(problem) >= min_tma_flops
+    *heads, rows = shapes.lse
+    return _Forward(
+        shapes=shapes,
+        plan=plan,
+        grid=_tiles(problem.seqlen_q, plan.tile.m, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q),
+        q=_row_strides(q),
+        k=_operand(shapes.k, k, plan.tile.n, tma),
+        v=_operand(shapes.v, v, plan.tile.n, tma),
+        out=_packed(shapes.out),
+        lse=(rows * heads[-1], 1, rows),
+        values=_values(problem),
+        aligned=aligned,
+    )
+
+
 def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns out and lse; arguments and results as in `Backend.forward`.
 
     counts: for tests, a zeroed int32 tensor of lse's shape and a last dimension of 2, which receives for each row the
     key tiles visited and the rescales skipped.
     """
-    kinds, device = problem.kinds, inputs.q.device
-    out = torch.empty(problem.out_shape, dtype=kinds.dtype, device=device)
-    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)
-    plan = _plan("forward", kinds, device)
-    q, k, v = inputs.q, inputs.k, inputs.v
-    aligned = is_aligned(q) and is_aligned(k) and is_aligned(v)
-    tma = _wants_tma(problem, plan, aligned)
-    k_rows, k_descriptor = _described(k, plan.tile.n, tma)
-    v_rows, v_descriptor = _described(v, plan.tile.n, tma)
-    grid = _tiles(problem.seqlen_q, plan.tile.m, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q)
+    device = problem.device
+    q, k, v, sink = inputs.q, inputs.k, inputs.v, inputs.sink
+    ready = _prepare_forward(
+        _plan, MIN_TMA_FLOPS, problem, q.stride(), k.stride(), v.stride(), pointers_are_aligned(q, k, v)
+    )
+    out = torch.empty(ready.shapes.out, dtype=problem.kinds.dtype, device=device)
+    lse = torch.empty(ready.shapes.lse, dtype=torch.float32, device=device)
+    k_rows, k_descriptor = ready.k.of(k)
+    v_rows, v_descriptor = ready.v.of(v)
     args = (
-        _rows(q), k_rows, v_rows, _rows(out), _statistics(lse), inputs.sink, _sequences(problem, inputs),
-        _values(problem), problem.heads_q, k_descriptor, v_descriptor,
-        _statistics(None if counts is None else counts[..., 0]),
+        (q, *ready.q, None), k_rows, v_rows, (out, *ready.out, None), (lse, *ready.lse), sink,
+        _sequences(problem, inputs), ready.values, problem.heads_q, k_descriptor, v_descriptor,
+        _NO_COUNTS if counts is None else _statistics(counts[..., 0]),
     )  # fmt: skip
-    layout = (_dtype(inputs.sink), counts is not None, k_descriptor is not None, v_descriptor is not None, aligned)
-    _launch(attention_forward, plan, device, grid, args, layout)
+    layout = (_dtype(sink), counts is not None, k_descriptor is not None, v_descriptor is not None, ready.aligned)
+    _launch(attention_forward, ready.plan, device, ready.grid, args, layout)
     return out, lse
+
+
+class _Backward(NamedTuple):
+    """What backward calls share that have one problem and one memory layout. Plain tuples are strides."""
+
+    shapes: _Shapes
+    slopes: _Plan
+    slopes_grid: tuple[int, int, int]
+    kv: _Plan
+    kv_grid: int
+    queries: _Plan
+    queries_grid: int
+    q: tuple
+    k: tuple
+    v: tuple
+    dout: tuple
+    out: tuple
+    lse: tuple
+    dlse: tuple
+    dq: tuple
+    dk: tuple
+    dv: tuple
+    numbers: tuple[int, ...]
+    pairs: tuple
+    q_streamed: _Operand
+    dout_streamed: _Operand
+    k_streamed: _Operand
+    v_streamed: _Operand
+    pairs_box: tuple | None
+    values: tuple
+    aligned: bool
+    out_aligned: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare_backward(
+    plans: Any, min_tma_flops: float, problem: Problem, q: Stride, k: Stride, v: Stride, dout: Stride, out: Stride,
+    lse: Stride, dlse: Stride | None, aligned: bool, out_aligned: bool,
+) -> _Backward:  # fmt: skip
+    """aligned: whether the pointers of q, k, v, dout are; out_aligned: whether out's is. For the rest see forward's."""
+    kinds, shapes = problem.kinds, _shapes(problem)
+    slopes, kv, queries = (plans(name, kinds, problem.device) for name in ("row_slopes", "backward_kv", "backward_q"))
+    aligned = aligned and _strides_are_aligned(q, k, v, dout)
+    kv_tma, q_tma = (aligned and plan.tile.tma and _flops(problem) >= min_tma_flops for plan in (kv, queries))
+    *heads, rows = shapes.lse
+    room = 4 * (rows // 4 + (problem.batch if kinds.varlen else 0) + 2)
+    total = 2 * room * math.prod(heads)
+    slope_tiles = _tiles(problem.seqlen_q, SLOPE_ROWS, kinds.varlen, problem.batch)
+    return _Backward(
+        shapes=shapes,
+        slopes=slopes,
+        slopes_grid=(_heads(problem, problem.heads_q) // problem.heads_q, problem.heads_q, slope_tiles),
+        kv=kv,
+        kv_grid=_tiles(problem.seqlen_k, kv.tile.n, kinds.varlen, problem.batch) * _heads(problem, problem.heads_kv),
+        queries=queries,
+        queries_grid=_tiles(problem.seqlen_q, queries.tile.m, kinds.varlen, problem.batch)
+        * _heads(problem, problem.heads_q),
+        q=_row_strides(q),
+        k=_row_strides(k),
+        v=_row_strides(v),
+        dout=_row_strides(dout),
+        out=_row_strides(out),
+        lse=_number_strides(lse),
+        dlse=(0, 0, 0) if dlse is None else _number_strides(dlse),
+        dq=_packed(shapes.q),
+        dk=_packed(shapes.k),
+        dv=_packed(shapes.v),
+        numbers=(*heads, 2, room),
+        pairs=(2 * room * heads[-1], 2 * room, room),
+        q_streamed=_operand(shapes.q, q, kv.tile.m, kv_tma),
+        dout_streamed=_operand(shapes.out, dout, kv.tile.m, kv_tma),
+        k_streamed=_operand(shapes.k, k, queries.tile.n, q_tma),
+        v_streamed=_operand(shapes.v, v, queries.tile.n, q_tma),
+        pairs_box=([total], [1], [kv.tile.m]) if kv_tma and total < 2**31 else None,
+        values=_values(problem),
+        aligned=aligned,
+        out_aligned=aligned and out_aligned and _strides_are_aligned(out),
+    )
 
 
 def backward(
     problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
 ) -> Gradients:
     """Returns the gradients; arguments and results as in `Backend.backward`."""
-    kinds, device = problem.kinds, inputs.q.device
+    dtype, device = problem.kinds.dtype, problem.device
     q, k, v, sink = inputs.q, inputs.k, inputs.v, inputs.sink
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (q, k, v))
-    numbers = lse.new_empty((*lse.shape[:-1], 2, lse.shape[-1]))
-    pairs = Pairs(numbers, 0 if kinds.varlen else numbers.stride(0), numbers.stride(-3), None)
-    aligned = all(map(is_aligned, (q, k, v, dout)))
-    sequences, values = _sequences(problem, inputs), _values(problem)
-
-    plan = _plan("row_slopes", kinds, device)
-    tiles = _tiles(problem.seqlen_q, SLOPE_ROWS, kinds.varlen, problem.batch)
-    grid = tiles * _heads(problem, problem.heads_q)
-    shares = None if sink is None else lse.new_empty((grid // max(1, problem.heads_q * tiles), problem.heads_q, tiles))
-    args = (
-        _rows(dout), _rows(out), _statistics(lse), _statistics(dlse), pairs, sink, shares, sequences, problem.heads_q,
+    ready = _prepare_backward(
+        _plan, MIN_TMA_FLOPS, problem, q.stride(), k.stride(), v.stride(), dout.stride(), out.stride(), lse.stride(),
+        None if dlse is None else dlse.stride(), pointers_are_aligned(q, k, v, dout), pointers_are_aligned(out),
     )  # fmt: skip
-    _launch(row_slopes, plan, device, grid, args, (_dtype(sink), dlse is not None, aligned and is_aligned(out)))
+    shapes, sequences, values = ready.shapes, _sequences(problem, inputs), ready.values
+    dq, dk, dv = (torch.empty(shape, dtype=dtype, device=device) for shape in shapes[:3])
+    numbers = torch.empty(ready.numbers, dtype=torch.float32, device=device)
+    shares = None if sink is None else torch.empty(ready.slopes_grid, dtype=torch.float32, device=device)
+    pairs = (numbers, *ready.pairs, None)
 
-    plan = _plan("backward_kv", kinds, device)
-    tma = _wants_tma(problem, plan, aligned)
-    q_rows, q_descriptor = _described(q, plan.tile.m, tma)
-    do_rows, do_descriptor = _described(dout, plan.tile.m, tma)
-    pairs_descriptor = TensorDescriptor(numbers, [numbers.numel()], [1], [plan.tile.m]) if tma else None
-    grid = _tiles(problem.seqlen_k, plan.tile.n, kinds.varlen, problem.batch) * _heads(problem, problem.heads_kv)
     args = (
-        q_rows, _rows(k), _rows(v), do_rows, pairs, _rows(dk), _rows(dv), sequences, values, problem.heads_kv,
-        q_descriptor, do_descriptor, pairs_descriptor,
+        (dout, *ready.dout, None), (out, *ready.out, None), (lse, *ready.lse), (dlse, *ready.dlse), pairs, sink, shares,
+        sequences, problem.heads_q,
     )  # fmt: skip
-    layout = (q_descriptor is not None, do_descriptor is not None, tma, aligned)
-    _launch(attention_backward_kv, plan, device, grid, args, layout)
+    layout = (_dtype(sink), dlse is not None, ready.out_aligned)
+    _launch(row_slopes, ready.slopes, device, math.prod(ready.slopes_grid), args, layout)
 
-    plan = _plan("backward_q", kinds, device)
-    tma = _wants_tma(problem, plan, aligned)
-    k_rows, k_descriptor = _described(k, plan.tile.n, tma)
-    v_rows, v_descriptor = _described(v, plan.tile.n, tma)
-    grid = _tiles(problem.seqlen_q, plan.tile.m, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q)
+    q_rows, q_descriptor = ready.q_streamed.of(q)
+    dout_rows, dout_descriptor = ready.dout_streamed.of(dout)
+    pairs_descriptor = None if ready.pairs_box is None else TensorDescriptor(numbers, *ready.pairs_box)
     args = (
-        _rows(q), k_rows, v_rows, _rows(dout), pairs, _rows(dq), sequences, values, problem.heads_q, k_descriptor,
-        v_descriptor,
+        q_rows, (k, *ready.k, None), (v, *ready.v, None), dout_rows, pairs, (dk, *ready.dk, None),
+        (dv, *ready.dv, None), sequences, values, problem.heads_kv, q_descriptor, dout_descriptor, pairs_descriptor,
     )  # fmt: skip
-    layout = (k_descriptor is not None, v_descriptor is not None, aligned)
-    _launch(attention_backward_q, plan, device, grid, args, layout)
+    layout = (q_descriptor is not None, dout_descriptor is not None, pairs_descriptor is not None, ready.aligned)
+    _launch(attention_backward_kv, ready.kv, device, ready.kv_grid, args, layout)
 
-    dsink = None if shares is None else shares.sum((0, 2)).to(sink.dtype)
-    return Gradients(dq, dk, dv, dsink)
+    k_rows, k_descriptor = ready.k_streamed.of(k)
+    v_rows, v_descriptor = ready.v_streamed.of(v)
+    args = (
+        (q, *ready.q, None), k_rows, v_rows, (dout, *ready.dout, None), pairs, (dq, *ready.dq, None), sequences, values,
+        problem.heads_q, k_descriptor, v_descriptor,
+    )  # fmt: skip
+    layout = (k_descriptor is not None, v_descriptor is not None, ready.aligned)
+    _launch(attention_backward_q, ready.queries, device, ready.queries_grid, args, layout)
+
+    return Gradients(dq, dk, dv, None if shares is None or sink is None else shares.sum((0, 2)).to(sink.dtype))

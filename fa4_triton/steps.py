@@ -38,14 +38,16 @@ class Statistics(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """A float32 (batch, heads, 2, rows) tensor, two numbers a row, with rows side by side.
+    """A float32 (batch, heads, 2, room) tensor, two numbers a query row: pointer, strides, TMA descriptor or None.
 
-    Pointer, strides in elements, and a TMA descriptor that sees the whole tensor as one vector, or None.
+    The descriptor sees the whole tensor as one vector. Seen on an H100: a box that begins at no multiple of 16 bytes is
+    an illegal instruction. So packed sequences are set apart, see `pairs_span`.
     """
 
     ptr: tl.tensor
     stride_b: tl.tensor
     stride_h: tl.tensor
+    room: tl.tensor
     descriptor: tl.tensor
 
 
@@ -164,25 +166,36 @@ def base_of(tensor, span, head):
 
 
 @triton.jit
-def pairs_base(pairs, span, head):
-    """Pointer to the first of the first rows' numbers of a sequence's head."""
-    at = tl.cast(span.batch, tl.int64) * pairs.stride_b + tl.cast(head, tl.int64) * pairs.stride_h
-    return pairs.ptr + at + span.start
+def pairs_span(sequences, span, sequence):
+    """The span of a sequence's rows in `Pairs`, where packed sequences begin at multiples of 4.
+
+    They do not overlap there, and all fit into a room of 4 * (rows // 4 + batch + 2).
+    """
+    start = span.start
+    if sequences.cu_q is not None:
+        start = (start // 4 + sequence) * 4
+    return Span(span.batch, start, span.room, span.length)
 
 
 @triton.jit
-def load_numbers(pairs, span, head, first, beyond, PARTIAL: tl.constexpr, ROWS: tl.constexpr):
-    """The first numbers of ROWS rows from row `first` of the span on, or the second, which lie `beyond` rows further.
+def pairs_offset(pairs, span, head):
+    """Offset of the first number of a sequence's first row; 64-bit."""
+    return tl.cast(span.batch, tl.int64) * pairs.stride_b + tl.cast(head, tl.int64) * pairs.stride_h + span.start
+
+
+@triton.jit
+def load_numbers(pairs, span, head, first, which, PARTIAL: tl.constexpr, ROWS: tl.constexpr):
+    """The numbers of ROWS rows from row `first` of a `pairs_span` on: the first of each (which = 0) or the second (1).
 
     Those of rows past the span's length, in a PARTIAL tile, are any.
     """
+    at = pairs_offset(pairs, span, head) + which * pairs.room + first
     if pairs.descriptor is not None:
-        at = span.batch * pairs.stride_b + head * pairs.stride_h + span.start + beyond + first
         numbers = pairs.descriptor.load([at.to(tl.int32)])
     else:
-        row = first + tl.arange(0, ROWS)
-        ptrs = pairs_base(pairs, span, head) + beyond + row
-        numbers = tl.load(ptrs, mask=row < span.length, other=0.0) if PARTIAL else tl.load(ptrs)
+        row = tl.arange(0, ROWS)
+        ptrs = pairs.ptr + at + row
+        numbers = tl.load(ptrs, mask=first + row < span.length, other=0.0) if PARTIAL else tl.load(ptrs)
     return numbers
 
 

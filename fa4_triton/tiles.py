@@ -18,6 +18,7 @@ class Tile(NamedTuple):
     """Query rows and keys of a tile, warps of a program, stages of its software pipeline.
 
     tma: read tiles in the loop through TMA descriptors. overlap: keep q k^T in flight during the softmax (Hopper).
+    registers: the most a thread may take, so that another program fits on the multiprocessor; 0: as many as it likes.
     """
 
     m: int
@@ -26,6 +27,7 @@ class Tile(NamedTuple):
     stages: int
     tma: bool = False
     overlap: bool = False
+    registers: int = 0
 
 
 SHARED_MEMORY = {"hopper": 227, "blackwell": 227, "ampere": 163, "small": 99, "amd": 64}

@@ -113,13 +113,13 @@ def compiled(target, dim, dtype, monkeypatch, **options):
 
     monkeypatch.setattr(launch, "target_of", lambda device: target)
     monkeypatch.setattr(launch, "_launch", compile_only)
-    launch._plan.cache_clear()
+    launch.forget()
     q = torch.empty(1, 4096, 8, dim, dtype=dtype)
     inputs = Inputs(q, q, q)
     problem = make_problem(inputs, **options)
     out, lse = launch.forward(problem, inputs)
     launch.backward(problem, inputs, out, lse, q, None)
-    launch._plan.cache_clear()
+    launch.forget()
     return found
 
 
@@ -171,8 +171,8 @@ def test_descriptors_and_pointers_give_the_same_bits(dim, causal, heads_first, m
 def test_no_descriptor_is_made_over_rows_that_overlap():
     """One key seen at every position has a row stride of 0, which the driver's call for a descriptor refuses."""
     rows = torch.zeros(1, 1, 2, 64).expand(1, 4096, 2, 64)
-    assert launch._described(rows, 64, True)[1] is None
-    assert launch._described(rows.contiguous(), 64, True)[1] is not None
+    assert launch._operand(rows.shape, rows.stride(), 64, True).box is None
+    assert launch._operand(rows.shape, rows.contiguous().stride(), 64, True).box is not None
 
 
 @needs_gpu
@@ -272,4 +272,4 @@ def test_the_tuner_compiles_its_candidates(monkeypatch):
     found = tune.jobs(list(tune.KERNELS), [64])
     for kernel in tune.KERNELS:
         assert tune.compile_ahead(next(job for job in found if job.kernel == kernel)) is None
-    launch._plan.cache_clear()
+    launch.forget()
