@@ -35,10 +35,6 @@ def _underflow(dtype: torch.dtype) -> float:
     return max(info.tiny * info.eps, torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny)
 
 
-UNDERFLOW = 2.0**-100
-"""An error that is always allowed: a GPU flushes probabilities below 2^-126 to zero, and they multiply values."""
-
-
 class Expected(NamedTuple):
     """What a result must be: the float64 value and how far each row may be from it (broadcasts over the value)."""
 
@@ -156,7 +152,7 @@ def compare(name: str, got: Tensor, want: Expected) -> Finding:
     An element passes within its row's budget, or where it is float64's value rounded to its dtype. A NaN passes only
     where float64 has one, and a NaN of float64's must be there.
     """
-    value, budget = want.value, (want.budget + UNDERFLOW).expand_as(want.value)
+    value, budget = want.value, want.budget.expand_as(want.value)
     if got.shape != value.shape:
         return Finding(name, math.inf, f"{name}: shape {tuple(got.shape)}, expected {tuple(value.shape)}")
     if got.numel() == 0:
@@ -367,7 +363,8 @@ def _expected_block(block: _Block, rules: _Rules, backward: bool) -> dict[str, E
     """Values and budgets of one block, by first-order error propagation around float64.
 
     What every implementation rounds: P, dS and the results to the dtype (`unit`, independent from element to element),
-    O before it enters delta, and the scores, their exponentials and the sums in float32 (`noise`).
+    O before it enters delta, and the scores, their exponentials and the sums in float32 (`noise`). A GPU also takes a P
+    below float32's normal numbers for zero, whatever multiplies it (`lost`).
     """
     unit, noise, floor = UNIT[rules.dtype], _score_unit(rules.dtype), _underflow(rules.dtype)
     work = torch.float64 if rules.dtype == torch.float64 else torch.float32
@@ -378,6 +375,7 @@ def _expected_block(block: _Block, rules: _Rules, backward: bool) -> dict[str, E
         return tensor.to(rules.dtype).to(work)
 
     true, rough = _forward(exact, rules, hidden, lambda t: t), _forward(plain, rules, hidden, rounded)
+    lost = torch.finfo(work).tiny * (~hidden).to(torch.float64)
     reach = rules.scale * (exact.q.abs() @ exact.k.abs().T).masked_fill(hidden, 0.0)
     score_error = noise * (1.0 + _peak(reach) + rules.softcap)
 
@@ -387,7 +385,9 @@ def _expected_block(block: _Block, rules: _Rules, backward: bool) -> dict[str, E
 
     spread = true.p @ exact.v.abs() + true.out.abs()
     p_error = unit * true.p + floor
-    found = {"out": Expected(true.out, budget(true.out, rough.out, _norm(p_error, exact.v), score_error * spread))}
+    p_loss = lost @ exact.v.abs()
+    out_budget = budget(true.out, rough.out, _norm(p_error, exact.v), score_error * spread, p_loss)
+    found = {"out": Expected(true.out, out_budget)}
     lse_error = (rough.lse.to(torch.float64) - true.lse).abs().nan_to_num(0.0, 0.0)
     finite_lse = true.lse.nan_to_num(0.0, 0.0, 0.0).abs()
     found["lse"] = Expected(true.lse, 2.0 * lse_error + score_error[..., 0] + noise * finite_lse)
@@ -404,7 +404,7 @@ def _expected_block(block: _Block, rules: _Rules, backward: bool) -> dict[str, E
     dp_size = dout.abs() @ exact.v.abs().T + delta_size
     steepness = 1.0 + (2.0 / rules.softcap if rules.softcap else 0.0)
     ds_size = grads.ds.abs()
-    ds_error = 4.0 * noise * true.p * dp_size
+    ds_error = (4.0 * noise * true.p + lost) * dp_size
     ds_error += steepness * score_error * (ds_size + true.p * ds_size.sum(-1, keepdim=True))
     found["dq"] = Expected(
         grads.dq,
@@ -436,7 +436,7 @@ def _expected_block(block: _Block, rules: _Rules, backward: bool) -> dict[str, E
             grads.dv,
             rough_grads.dv,
             over_group(p_error.square(), dout.square()).sqrt(),
-            over_group(true.p * score_error, dout.abs()),
+            over_group(true.p * score_error + lost, dout.abs()),
         ),
     )
     if block.sink is not None:

@@ -63,6 +63,25 @@ def test_pytorchs_own_attention_passes(dtype, causal, scores):
         check_backward(torchs_own, call.q, call.k, call.v, dout=call.dout, dlse=call.dlse, **call.options).require()
 
 
+@pytest.fixture
+def flushing():
+    """This processor as a GPU: what falls below float32's normal numbers is 0."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormal numbers to zero")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize("keys", [255, 600])
+def test_probabilities_that_are_flushed_to_zero_pass(flushing, keys, seed):
+    """One query far from nearly all keys: their P of some 2^-130 are lost, times a dP of hundreds, in dK."""
+    case = Case(dtype=torch.float32, head_dim=64, head_dim_v=64, heads_q=2, heads_kv=2, lengths=((1, keys),),
+                scores="large", seed=seed)  # fmt: skip
+    call = case.build()
+    check_backward(attention, call.q, call.k, call.v, dout=call.dout, dlse=call.dlse, **call.options).require()
+
+
 def edited(**edits):
     """An attention whose results pass through `edits` (by name: out, lse) or whose arguments do (any other name)."""
 
