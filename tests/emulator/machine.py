@@ -22,6 +22,7 @@ import numpy as np
 from .barriers import Rendezvous
 from .errors import Deadlock, Livelock, OutOfBounds, TensorMemoryError, Unsupported
 from .frame import SHARED_RANK_SHIFT, Frame
+from .global_races import GlobalRaces
 from .hazards import EARLY_LOAD, Marks
 from .memory import GlobalMemory
 from .program import BRANCH, HANDLED, RUN, Program
@@ -98,6 +99,9 @@ class Warp:
         self.wgmma = CopyGroups()
         self.pending_tmem_stores: list = []
         self.marks = Marks()
+        # Global memory: what relaxed reads found published since the last fence, and what was seen at that fence.
+        self.read_since_fence: dict = {}
+        self.seen_at_fence: dict | None = None
         self.registers: int | None = None
         self.cluster_generation: int | None = None
         self.open_waits: set[int] = set()
@@ -347,6 +351,9 @@ class Cta:
                 continue
             if (other.blocked is None) != (group.blocked is None) and not (other.converging or group.converging):
                 continue
+            # A group that stands here but still waits for what the instruction before asked keeps its wait.
+            if any(a.converging and b.blocked and not b.converging for a, b in ((group, other), (other, group))):
+                continue
             both_wait = other.blocked and group.blocked and not (other.converging or group.converging)
             if both_wait and (other.blocked.key is None or other.blocked.key != group.blocked.key):
                 continue
@@ -387,6 +394,8 @@ class Cluster:
         self.clocks = np.zeros((warps, self.actors.count), np.int32)
         self.async_clocks = np.zeros((warps, self.actors.count), np.int32)
         self.loose: list[Callable[[], bool]] = []
+        # What warps learned of other clusters through global memory: (warp's slot, its clock then, clocks by cluster).
+        self.acquired: list[tuple[int, int, dict]] = []
         self.barrier = Rendezvous(machine, self.actors.count)
         self.ctas: list[Cta] = []
         for rank, (i, j, k) in enumerate(self.shape_ranks):
@@ -457,9 +466,10 @@ class Machine:
         self.schedule = schedule or Schedule.from_seed(0)
         self.rng = random.Random(self.schedule.seed)
         self.check_races = check_races
-        self.hazards = program.hazards if check_races else None
         self.notes: list[str] = []
         self.races = RaceLog(self.notes, tuple(tolerate))
+        self.hazards = program.hazards if check_races else None
+        self.global_races = GlobalRaces(memory, program.global_cell, self.races) if check_races else None
         self.resident, self.max_steps = resident, max_steps
         self.executed = bytearray(len(program.nodes))
         self.counts: dict[str, int] = {}

@@ -109,12 +109,12 @@ class GlobalMemory:
             )
         return allocation
 
-    def load(self, addresses: np.ndarray, width: int, line: int) -> np.ndarray:
+    def load(self, addresses: np.ndarray, width: int, line: int, what: str = "load") -> np.ndarray:
         """Elements of `width` bytes (1 to 16) at each address; shape (n,), or (n, 2) of uint64 for 16 bytes."""
-        allocation, index = self._locate(addresses, width, line, "load")
+        allocation, index = self._locate(addresses, width, line, what)
         if allocation is not None:
             return allocation.view(width)[index]
-        parts = [self.load(addresses[i : i + 1], width, line) for i in range(len(addresses))]
+        parts = [self.load(addresses[i : i + 1], width, line, what) for i in range(len(addresses))]
         return np.concatenate(parts)
 
     def store(self, addresses: np.ndarray, width: int, values: np.ndarray, line: int) -> None:

@@ -43,7 +43,8 @@ class Program:
         self.nodes: list[Node | None] = [None] * len(kernel.instructions)
         self.joins = bytearray(len(kernel.instructions) + 1)
         self.hazards = RegisterHazards.of(kernel)
-        self.shared_cell = _smallest_shared_access(kernel)
+        self.shared_cell = _smallest_access(kernel, {"global", "param", "local", "const"})
+        self.global_cell = _smallest_access(kernel, {"shared", "param", "local", "const"})
         self.banks = {bank: max(kernel.register_counts[bank], 1) for bank in BANKS}
         self._build()
 
@@ -100,10 +101,10 @@ class Program:
         return [n.instruction for n in self.nodes if n is not None and n.kind == HANDLED and not executed[n.pc]]
 
 
-def _smallest_shared_access(kernel: Kernel) -> int:
-    """Bytes of a race-check cell: 4, or less if the kernel stores halves or bytes that neighbours may share."""
+def _smallest_access(kernel: Kernel, other_spaces: set[str]) -> int:
+    """Bytes of a race-check cell: 4, or less if the kernel accesses halves or bytes that neighbours may share."""
     smallest = 4
     for i in kernel.instructions:
-        if i.parts[0] in ("ld", "st", "atom", "red") and not ({"global", "param", "local", "const"} & set(i.parts)):
+        if i.parts[0] in ("ld", "st", "atom", "red") and not other_spaces & {part.split("::")[0] for part in i.parts}:
             smallest = min(smallest, TYPE_BYTES.get(i.type, 4))
     return smallest

@@ -44,7 +44,7 @@ class RaceLog:
 class Actors:
     """Slot numbers of a cluster's actors in the vector clocks, and their names."""
 
-    KINDS = ("warp", "tensor pipe of warp", "bulk store of warp", "cp.async of warp")
+    KINDS = ("warp", "tensor pipe of warp", "bulk store of warp", "cp.async of warp", "bulk write of warp")
     MBARRIERS_PER_CTA = 128
 
     def __init__(self, warps: int, ctas: int) -> None:
@@ -61,6 +61,10 @@ class Actors:
 
     def copy(self, warp: int) -> int:
         return 3 * self.warps + warp
+
+    def bulk_write(self, warp: int) -> int:
+        """A bulk store's writing of global memory, as opposed to its reading of shared memory (`bulk`)."""
+        return 4 * self.warps + warp
 
     def new_mbarrier(self, name: str) -> int:
         slot = self.first_mbarrier + len(self._names)

@@ -194,7 +194,8 @@ def test_a_tensor_reduction_adds_inside_the_tensor_only(seed):
     out = torch.zeros(72)
     tmap = TensorMap(out.data_ptr(), (60,), (), (64,), 0, "f32")
     body = """cvt.rn.f32.u32 %r9, %t; st.shared.b32 [%r2], %r9; fence.proxy.async.shared::cta; bar.sync 0;
-    @!%p1 bra DONE; mov.b64 %d1, p0; cp.reduce.async.bulk.tensor.1d.global.shared::cta.add.tile.bulk_group [%d1, {4}], [%r1];
+    @!%p1 bra DONE; mov.b64 %d1, p0;
+    cp.reduce.async.bulk.tensor.1d.global.shared::cta.add.tile.bulk_group [%d1, {4}], [%r1];
     cp.async.bulk.commit_group; cp.async.bulk.wait_group 0; DONE:"""
     text = kernel(0, START + body, threads=64).replace(".entry k(\n\n)", ".entry k(\n.param .align 64 .b8 p0[128])")
     launch(text, 2, 64, [tmap], memory=[out], dynamic_shared=4096, seed=seed)

@@ -44,22 +44,29 @@ def trap(i, program):
     "nanosleep",
     "pmevent",
     "griddepcontrol",
-    "membar",
-    "fence.sc",
-    "fence.acq_rel",
-    "fence.acquire",
-    "fence.release",
     "cp.async.bulk.prefetch",
     "tcgen05.fence",
 )
 def no_effect(i, program):
-    """Hints, and fences between accesses that the emulator already performs in order.
-
-    Memory fences order a warp's own accesses, which are sequentially consistent here; what they let others see is
-    decided where the synchronisation happens. `tcgen05.fence` orders the tensor pipe against barriers; kernels known to
+    """Hints. And `tcgen05.fence` orders the tensor pipe against barriers; kernels known to
     be good on hardware have none, so its absence is no verdict (docs/emulator.md).
     """
     return lambda frame, mask: None
+
+
+@handles("membar", "fence.sc", "fence.acq_rel", "fence.acquire", "fence.release")
+def memory_fence(i, program):
+    """fence, membar (PTX ISA 9.7.13.4): accesses are sequentially consistent here, so all that a fence changes is what
+    the race check of global memory lets the warp's relaxed accesses publish and take over."""
+    inside = i.has("cta")
+
+    def execute(frame, mask):
+        races = frame.machine.global_races
+        if races is not None and not inside:
+            for warp, _ in frame.active(mask):
+                races.fence(warp)
+
+    return execute
 
 
 @handles("createpolicy")

@@ -79,6 +79,20 @@ class SharedAccess:
             shadow.read(cells, slots, clocks, seen, self.line, self.what)
 
 
+def memory_order(i) -> str:
+    """The semantics of a load, store or atomic: weak, relaxed (or stronger than weak), acquire, release or acq_rel."""
+    named = next((p for p in i.parts if p in ("acquire", "release", "acq_rel")), None)
+    strong = i.parts[0] in ("atom", "red") or i.has("relaxed") or i.has("volatile") or i.has("mmio")
+    return named or ("relaxed" if strong else "weak")
+
+
+def by_warp(frame, lanes, addresses: np.ndarray):
+    """The active warps, each with the set of addresses that its lanes access."""
+    rows = (np.arange(frame.lanes) if lanes is None else lanes) // 32
+    for row in np.unique(rows):
+        yield frame.warps[row], set(addresses[rows == row].tolist())
+
+
 def _vector(i) -> int:
     return {"v2": 2, "v4": 4, "v8": 8}.get(next((p for p in i.parts if p in ("v2", "v4", "v8")), ""), 1)
 
@@ -138,7 +152,7 @@ def load(i, program):
     width, count, space = TYPE_BYTES[i.type], _vector(i), state_space(i)
     size = width * count
     destinations = _Destinations(i.operands[0], i.type)
-    address = i.operands[1].items[0]
+    address, order = i.operands[1].items[0], memory_order(i)
     constant_param = isinstance(address, Param) and space == "param"
 
     def execute(frame, mask):
@@ -159,6 +173,12 @@ def load(i, program):
                 raise unsupported(i)
             raw = access.cta.shared_views[size][access.offsets // size]
         elif where == "global":
+            races = frame.machine.global_races
+            if races is not None:
+                if order != "weak":
+                    for warp, places in by_warp(frame, lanes, addresses):
+                        races.strong_read(warp, places, order == "acquire")
+                races.access(frame, lanes, addresses, size, i.line, "ld", write=False, strong=order != "weak")
             if size == 32:
                 first = frame.machine.memory.load(addresses, 16, i.line)
                 raw = np.concatenate((first, frame.machine.memory.load(addresses + np.uint64(16), 16, i.line)), 1)
@@ -197,6 +217,7 @@ def store(i, program):
     width, count, space = TYPE_BYTES[i.type], _vector(i), state_space(i)
     size = width * count
     address, sources = i.operands[0].items[0], _items(i.operands[1])
+    order = memory_order(i)
 
     def execute(frame, mask):
         lanes = None if mask is None else np.flatnonzero(mask)
@@ -219,6 +240,14 @@ def store(i, program):
                 access.record(mask, write=True, same_value=same.all(1) if same.ndim == 2 else same)
             view[index] = units
         elif where == "global":
+            races = frame.machine.global_races
+            if races is not None:
+                changes = None if size == 32 else frame.machine.memory.load(addresses, size, i.line, "store") != units
+                races.access(frame, lanes, addresses, size, i.line, "st", write=True, strong=order != "weak",
+                             changes=changes.any(1) if size == 16 else changes)  # fmt: skip
+                if order != "weak":
+                    for warp, places in by_warp(frame, lanes, addresses):
+                        races.strong_write(warp, places, order == "release")
             if size == 32:
                 frame.machine.memory.store(addresses, 16, units[:, :2], i.line)
                 frame.machine.memory.store(addresses + np.uint64(16), 16, units[:, 2:], i.line)
@@ -294,6 +323,7 @@ def atomic(i, program):
     at = 1 if returns else 0
     address, operands = i.operands[at].items[0], _items(i.operands[at + 1])
     swap = i.operands[at + 2] if name == "cas" else None
+    order = memory_order(i)
 
     def update(old, value, compare):
         if bf16:
@@ -301,6 +331,16 @@ def atomic(i, program):
 
             return bf16_bits(atomic_update(name, np.float32, bf16_value(old), bf16_value(value)))
         return atomic_update(name, dtype, old, value, compare)
+
+    def _order_atomic(races, frame, lanes, addresses):
+        races.access(frame, lanes, addresses, size, i.line, i.parts[0], write=True, strong=True)
+        publishes = order in ("release", "acq_rel")
+        if not publishes and not races.published and all(w.seen_at_fence is None for w in frame.warps):
+            return
+        for warp, places in by_warp(frame, lanes, addresses):
+            if returns:
+                races.strong_read(warp, places, order in ("acquire", "acq_rel"))
+            races.strong_write(warp, places, publishes)
 
     def execute(frame, mask):
         lanes = np.arange(frame.lanes) if mask is None else np.flatnonzero(mask)
@@ -321,6 +361,8 @@ def atomic(i, program):
         elif where == "global":
             machine = frame.machine
             allocation, start = machine.memory.locate_elements(addresses, size, element, i.line, i.parts[0])
+            if machine.global_races is not None:
+                _order_atomic(machine.global_races, frame, lanes, addresses)
             memory, index = allocation.view(element).view(dtype), start
         else:
             raise unsupported(i)
@@ -355,9 +397,9 @@ class AsyncCopy:
         self.stamp = stamp
 
 
-def wait_for_groups(i, frame, mask, groups_of, pending: int, attribute: str, slot_of, what: str, then=None):
-    """The common wait: all but the youngest `pending` groups of each active warp have `attribute` set. then: called
-    with each warp that has waited."""
+def wait_for_groups(i, frame, mask, groups_of, pending: int, attribute: str, slots_of, what: str, then=None):
+    """The common wait: all but the youngest `pending` groups of each active warp have `attribute` set. slots_of: the
+    actors whose work the warp has then seen. then: called with each warp that has waited."""
     from ..machine import Blocked
 
     def passed(current):
@@ -372,8 +414,8 @@ def wait_for_groups(i, frame, mask, groups_of, pending: int, attribute: str, slo
             groups.waited = max(groups.waited, len(groups.groups) - pending)
             for op in finished:
                 op.waited = True
-                slot = slot_of(warp)
-                warp.clock[slot] = max(warp.clock[slot], op.stamp)
+                for slot in slots_of(warp):
+                    warp.clock[slot] = max(warp.clock[slot], op.stamp)
             if pending == 0:
                 groups.groups.clear()
                 groups.waited = 0
@@ -414,6 +456,8 @@ def copy_async(i, program):
                 cells = shadow.spans(access.offsets[mine][:, None], size).reshape(1, -1)
                 slot = np.array([frame.cluster.actors.copy(warp.id)])
                 shadow.write(cells, slot, np.array([op.stamp]), warp.clock[None], i.line, "cp.async", True)
+                machine.global_races.bulk(warp, int(slot[0]), op.stamp, source[mine], size, i.line, "cp.async",
+                                          write=False)  # fmt: skip
             warp.tick()
         view, index = access.cta.shared_views[size], access.offsets // size
 
@@ -463,7 +507,7 @@ def wait_copies(i, program):
             for warp, _ in frame.active(mask):
                 warp.copies.commit()
         slot_of = frame.cluster.actors.copy
-        return wait_for_groups(i, frame, mask, lambda w: w.copies, pending, "done", lambda w: slot_of(w.id),
+        return wait_for_groups(i, frame, mask, lambda w: w.copies, pending, "done", lambda w: [slot_of(w.id)],
                                "cp.async.wait_group")  # fmt: skip
 
     return execute

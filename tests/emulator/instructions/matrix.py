@@ -264,7 +264,7 @@ def wgmma_wait(i, program):
         if blocked := unconverged(i, frame, mask, None):
             return blocked
         slot_of = frame.cluster.actors.pipe
-        return wait_for_groups(i, frame, mask, lambda w: w.wgmma, pending, "done", lambda w: slot_of(w.id),
+        return wait_for_groups(i, frame, mask, lambda w: w.wgmma, pending, "done", lambda w: [slot_of(w.id)],
                                "wgmma.wait_group", lambda w: w.marks.waited())  # fmt: skip
 
     return execute

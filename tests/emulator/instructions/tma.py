@@ -20,8 +20,8 @@ from .loadstore import AsyncCopy, _is_cache_policy, wait_for_groups
 from .mbarrier import barrier_at, used_by_async_proxy
 
 _WORD = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_REDUCED = {"f32": np.float32, "f16": np.float16, "f64": np.float64, "u32": np.uint32, "s32": np.int32, "b32": np.uint32,
-            "u64": np.uint64, "s64": np.int64, "b64": np.uint64}  # fmt: skip
+_REDUCED = {"f32": np.float32, "f16": np.float16, "f64": np.float64, "u32": np.uint32, "s32": np.int32,
+            "b32": np.uint32, "u64": np.uint64, "s64": np.int64, "b64": np.uint64}  # fmt: skip
 
 
 def tensor_map(frame, address: int, line: int) -> TensorMap:
@@ -58,6 +58,23 @@ def _global_window(machine, tmap: TensorMap, coordinates, line: int):
     allocation = machine.memory.find(first, extent, line, "tensor copy")
     start = allocation.view(size)[(first - allocation.aligned) // size :]
     return slices, np.lib.stride_tricks.as_strided(start, shape, strides)
+
+
+def _global_rows(tmap: TensorMap, coordinates) -> tuple[np.ndarray, int]:
+    """Addresses of a box's innermost rows inside the tensor, and their bytes."""
+    window = tmap.window(coordinates)
+    if window is None:
+        return np.zeros(0, np.uint64), 0
+    _, first, shape, strides = window
+    rows = sum(np.ix_(*(np.arange(n) * s for n, s in zip(shape[:-1], strides[:-1])))) if len(shape) > 1 else 0
+    return (np.asarray(rows).reshape(-1) + first).astype(np.uint64), shape[-1] * tmap.element_bytes
+
+
+def _reads_global(machine, warp, barrier, addresses: np.ndarray, size: int, line: int, what: str) -> None:
+    """Race bookkeeping of a bulk load's source."""
+    if machine.global_races is not None and len(addresses):
+        stamp = barrier.stamp_base + barrier.phase + 1
+        machine.global_races.bulk(warp, barrier.slot, stamp, addresses, size, line, what, write=False)
 
 
 def _sixteen_byte_cells(cta, chunks: np.ndarray) -> np.ndarray:
@@ -145,6 +162,7 @@ def _tensor_load(i):
             for target, target_barrier in targets:
                 used_by_async_proxy(frame, target_barrier, i.line)
                 chunks = _box_chunks(tmap, offset)
+                _reads_global(machine, warp, target_barrier, *_global_rows(tmap, coordinates), i.line, "TMA load")
                 clocks = _record_load(frame, warp, target, target_barrier, chunks, i.line, "TMA load")
                 cluster.loose.append(
                     _load_op(machine, tmap, coordinates, target, chunks, target_barrier, clocks, i.line)
@@ -200,7 +218,7 @@ def _tensor_store(i, reduction):
                 box = raw.view(_WORD[tmap.element_bytes]).reshape(tmap.box[::-1])[slices]
                 _combine(view, box, reduction, tmap.element, i)
 
-            _queue_store(frame, lane, cta, chunks, write, i)
+            _queue_store(frame, lane, cta, chunks, write, i, *_global_rows(tmap, coordinates), reduction is not None)
 
     return execute
 
@@ -225,8 +243,9 @@ def _combine(view, data, reduction, element: str, i) -> None:
     typed[...] = function(typed, other)
 
 
-def _queue_store(frame, lane: int, cta, chunks: np.ndarray, write, i) -> None:
-    """Queues a bulk store of 16-byte chunks: first it reads shared memory, later `write(bytes)` hits global memory."""
+def _queue_store(frame, lane: int, cta, chunks: np.ndarray, write, i, rows: np.ndarray, size: int, adds: bool) -> None:
+    """Queues a bulk store of 16-byte chunks: first it reads shared memory, later `write(bytes)` hits global memory:
+    `size` bytes at each of `rows`. adds: it is a reduction."""
     machine, warp = frame.machine, frame.lane_warp(lane)
     warp.bulk.stamp += 1
     op = AsyncCopy(warp.bulk.stamp)
@@ -234,6 +253,9 @@ def _queue_store(frame, lane: int, cta, chunks: np.ndarray, write, i) -> None:
         slot = np.array([frame.cluster.actors.bulk(warp.id)])
         cta.shared_shadow.read(_sixteen_byte_cells(cta, chunks), slot, np.array([op.stamp]), warp.clock[None], i.line,
                                "bulk store", warp.async_clock[None])  # fmt: skip
+        if len(rows):
+            machine.global_races.bulk(warp, frame.cluster.actors.bulk_write(warp.id), op.stamp, rows, size, i.line,
+                                      "bulk store", write=True, strong=adds)  # fmt: skip
     warp.tick()
     held = []
 
@@ -292,7 +314,9 @@ def _bulk_load(i):
             for target, target_barrier in targets:
                 used_by_async_proxy(frame, target_barrier, i.line)
                 chunks = np.arange(offset >> 4, (offset + size) >> 4)
-                clocks = _record_load(frame, frame.lane_warp(lane), target, target_barrier, chunks, i.line, "bulk load")
+                warp = frame.lane_warp(lane)
+                _reads_global(machine, warp, target_barrier, np.array([source], np.uint64), size, i.line, "bulk load")
+                clocks = _record_load(frame, warp, target, target_barrier, chunks, i.line, "bulk load")
 
                 def land(target=target, offset=offset, source=source, size=size, barrier=target_barrier, clocks=clocks):
                     data = machine.memory.find(source, size, i.line, "bulk load").bytes(source, size)
@@ -358,7 +382,8 @@ def _bulk_store(i, reduction):
                     word = np.uint16 if element in ("bf16", "f16") else np.dtype(_REDUCED[element])
                     _combine(view.view(word), raw.view(word), reduction, element, i)
 
-            _queue_store(frame, lane, cta, np.arange(offset >> 4, (offset + size) >> 4), write, i)
+            _queue_store(frame, lane, cta, np.arange(offset >> 4, (offset + size) >> 4), write, i,
+                         np.array([target], np.uint64), size, reduction is not None)  # fmt: skip
 
     return execute
 
@@ -378,8 +403,12 @@ def wait_bulk(i, program):
     pending = i.operands[0].value
 
     def execute(frame, mask):
-        slot_of = frame.cluster.actors.bulk
-        return wait_for_groups(i, frame, mask, lambda w: w.bulk, pending, attribute, lambda w: slot_of(w.id),
+        actors = frame.cluster.actors
+
+        def slots(warp):
+            return [actors.bulk(warp.id)] if attribute == "read" else [actors.bulk(warp.id), actors.bulk_write(warp.id)]
+
+        return wait_for_groups(i, frame, mask, lambda w: w.bulk, pending, attribute, slots,
                                f"cp.async.bulk.wait_group{'.read' if attribute == 'read' else ''}")  # fmt: skip
 
     return execute
