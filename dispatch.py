@@ -35,13 +35,20 @@ AUTO_ORDER = {"cuda": ("cute", "triton"), "cpu": ("reference",)}
 
 @dataclass(frozen=True)
 class Choice:
-    """What `auto` (or the named backend) runs, and for each backend that does not run, why."""
+    """What `auto` (or the named backend) runs, and for each backend that does not run, why.
+
+    backward: the backend that computes the gradients, which need not be the forward's.
+    """
 
     backend: str
     reasons: dict[str, str]
+    backward: str
 
     def __str__(self) -> str:
-        return "\n".join([f"runs on {self.backend}", *(f"not {name}: {why}" for name, why in self.reasons.items())])
+        chosen = f"runs on {self.backend}"
+        if self.backward != self.backend:
+            chosen += f", its gradients on {self.backward}"
+        return "\n".join([chosen, *(f"not {name}: {why}" for name, why in self.reasons.items())])
 
 
 class UnsupportedError(NotImplementedError):
@@ -299,9 +306,10 @@ def attention_with_kvcache(
         raise ValueError(f"softmax_scale: got {scale}, accepted are finite numbers > 0 or None")
     interleaved = _bool("rotary_interleaved", rotary_interleaved)
     out, lse = kvcache.attend(
-        tensors, out, length, scale, _float("softcap", softcap, 0.0), left, right, interleaved, num_splits, backend
-    )
-    return (out, lse) if return_lse else out
+        tensors, out, length, scale, _float("softcap", softcap, 0.0), left, right, interleaved, num_splits, backend,
+        return_lse,
+    )  # fmt: skip
+    return out if lse is None else (out, lse)
 
 
 def merge_attention(
@@ -343,9 +351,11 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options) -> Choice:
     inputs = ops.autocast(Inputs(*tensors))
     problem = ops.problem_of(inputs, seqlen_q, seqlen_k, values, left, right, deterministic)
     kinds, device = problem.kinds, problem.device
-    chosen = _choose(kinds, device, requested).name
+    backend = _choose(kinds, device, requested)
+    chosen = backend.name
     others = (name for name in backends.MODULES if name != chosen)
-    return Choice(chosen, {name: _reason(name, chosen, kinds, device, requested) for name in others})
+    reasons = {name: _reason(name, chosen, kinds, device, requested) for name in others}
+    return Choice(chosen, reasons, backend.backward_backend or chosen)
 
 
 def _reason(name: str, chosen: str, kinds: Kinds, device: torch.device, requested: str) -> str:

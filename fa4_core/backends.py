@@ -36,6 +36,8 @@ class Backend(ABC):
 
     name: str
     head_dim_multiple: int = 1
+    backward_backend: str | None = None
+    """The backend that its `backward` leaves the gradients to; None where it computes them itself."""
 
     @abstractmethod
     def unavailable(self, device: torch.device) -> str | None:
@@ -55,8 +57,8 @@ class Backend(ABC):
     ) -> Gradients:
         """Returns the gradients of q, k, v (their shapes and dtype) and of the sink (its dtype)."""
 
-    def attend_cache(self, problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: Tensor) -> None:
-        """Appends to the caches in place, and writes out and lse; for backends that serve the feature "KV cache".
+    def attend_cache(self, problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: Tensor | None) -> None:
+        """Appends to the caches in place, and writes out and lse (None: not wanted). For the feature "KV cache".
 
         Tensors come as the caller gave them: any strides, but for the caches and out, whose last dimension is
         contiguous.

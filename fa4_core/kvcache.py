@@ -371,7 +371,7 @@ _LIBRARY = torch.library.Library("fa4", "FRAGMENT")
 _LIBRARY.define(
     "attention_with_kvcache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
     "Tensor? cache_seqlens, Tensor? page_table, Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? rotary_cos, "
-    "Tensor? rotary_sin, Tensor? k_descale, Tensor? v_descale, Tensor? sink, Tensor(c!) out, Tensor(d!) lse, "
+    "Tensor? rotary_sin, Tensor? k_descale, Tensor? v_descale, Tensor? sink, Tensor(c!) out, Tensor(d!)? lse, "
     "SymInt? length, Tensor? values, SymInt window_left, SymInt window_right, bool rotary_interleaved, "
     "SymInt num_splits, str backend) -> ()"
 )
@@ -379,7 +379,7 @@ _N_TENSORS = len(CacheInputs._fields)
 
 
 def _run(
-    inputs: CacheInputs, out: Tensor, lse: Tensor, length: int | None, scale: float | None, softcap: float,
+    inputs: CacheInputs, out: Tensor, lse: Tensor | None, length: int | None, scale: float | None, softcap: float,
     left: int, right: int, rotary_interleaved: bool, num_splits: int, name: str,
 ) -> None:  # fmt: skip
     problem = make_cache_problem(
@@ -403,18 +403,25 @@ def _operator(*args) -> None:
         _run(inputs, out, lse, length, None if scale != scale else scale, softcap, *rest)
 
 
+def _fake(*args) -> None:
+    # One tensor on the meta device brings the whole call here, past the checks that stand before a launch.
+    for name, tensor in zip(CacheInputs._fields, args):
+        if tensor is not None and tensor.device != args[0].device:
+            raise ValueError(f"{name}: on {tensor.device}, but q is on {args[0].device}")
+
+
 _LIBRARY.impl("attention_with_kvcache", _operator, "CPU")
 _LIBRARY.impl("attention_with_kvcache", _operator, "CUDA")
-torch.library.register_fake("fa4::attention_with_kvcache", lambda *args: None, lib=_LIBRARY)
+torch.library.register_fake("fa4::attention_with_kvcache", _fake, lib=_LIBRARY)
 
 
 def refuse_gradients(tensors: dict[str, Tensor | None]) -> None:
     """Raises ValueError where autograd would record a call that has no gradients."""
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
-                raise ValueError(f"{name}: requires a gradient, but a KV cache and paged keys have none; "
-                                 "call it under torch.no_grad()")  # fmt: skip
+    for name, tensor in tensors.items() if torch.is_grad_enabled() else ():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name}: requires a gradient, but a KV cache and paged keys have none; call it under torch.no_grad()"
+            )
 
 
 def attend(
@@ -428,7 +435,8 @@ def attend(
     rotary_interleaved: bool,
     num_splits: int,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Runs one call; arguments as `dispatch.attention_with_kvcache` checked their types. Returns out and lse."""
     q = inputs.q
     refuse_gradients(inputs._asdict())
@@ -440,7 +448,9 @@ def attend(
         out = q.new_empty(shape)
     else:
         _check_out(out, shape, q)
-    lse = torch.empty((shape[0], shape[2], shape[1]), dtype=ops.lse_dtype(q.dtype), device=q.device)
+    lse = None
+    if with_lse:
+        lse = torch.empty((shape[0], shape[2], shape[1]), dtype=ops.lse_dtype(q.dtype), device=q.device)
     rest = (window_left, window_right, rotary_interleaved, num_splits, backend)
     if ops._is_plain(*inputs, out):
         _run(inputs, out, lse, length, softmax_scale, softcap, *rest)
@@ -557,7 +567,8 @@ def _append(
         rows = scaled.clamp(-MAX_FP8, MAX_FP8).to(FP8).view(torch.uint8)
         cache = cache.view(torch.uint8)
     positions = lengths[:, None].long() + torch.arange(problem.appended, device=rows.device)
-    fits = (lengths >= 0) & (lengths + problem.appended <= problem.capacity)
+    # Compared without a sum, which could wrap around.
+    fits = (lengths >= 0) & (lengths <= problem.capacity - problem.appended)
     positions = positions.clamp(0, max(problem.capacity - 1, 0))
     blocks, inside = _rows_of(problem, inputs, positions)
     fits = fits[:, None].expand_as(positions)

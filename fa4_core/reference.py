@@ -243,10 +243,11 @@ class ReferenceBackend(Backend):
         lse = lse[:-1].reshape(*problem.out_shape[:-1]).transpose(-1, -2).contiguous()
         return out[:-1].reshape(problem.out_shape), lse
 
-    def attend_cache(self, problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: Tensor) -> None:
+    def attend_cache(self, problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: Tensor | None) -> None:
         result, result_lse = self.forward(*reference_inputs(problem, inputs))
         out.copy_(result)
-        lse.copy_(result_lse)
+        if lse is not None:
+            lse.copy_(result_lse)
 
     def backward(
         self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None

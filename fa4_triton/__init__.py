@@ -65,7 +65,7 @@ class TritonBackend(Backend):
 
         return forward(problem, inputs)
 
-    def attend_cache(self, problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: Tensor) -> None:
+    def attend_cache(self, problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: Tensor | None) -> None:
         from fa4_triton.decode_launch import attend_cache
 
         attend_cache(problem, inputs, out, lse)

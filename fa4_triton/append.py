@@ -45,11 +45,12 @@ def append_rows(
     ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """Writes the new rows behind each sequence, and q rotated into `turned` where there is a rotary embedding.
 
     A program takes BLOCK (row, head) pairs of one sequence. A sequence whose rows do not fit, and a row whose page does
-    not exist, leave the cache as it is.
+    not exist, leave the cache as it is. PAGE: rows of a page, 0 for a contiguous cache.
     """
     n_new = tl.cdiv(rows.added * heads_kv, BLOCK)
     per_sequence = n_new
@@ -71,9 +72,9 @@ def append_rows(
         fits = (new < rows.added) & (filled >= 0) & (filled <= rows.rows_k - rows.added)
         position = filled + new
         if rows.pages is not None:
-            place = rows.pages + sequence * rows.stride_pages + position // rows.page_size
+            place = rows.pages + sequence * rows.stride_pages + position // PAGE
             block = tl.load(place, mask=fits, other=-1)
-            inside = position % rows.page_size
+            inside = position % PAGE
         else:
             number = sequence.to(tl.int32)
             if rows.cache is not None:

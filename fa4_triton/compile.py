@@ -28,6 +28,7 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.int32: "*i32",
+    torch.uint8: "*u8",
 }
 
 

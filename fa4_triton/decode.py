@@ -1,10 +1,15 @@
-"""The KV-cache kernel: few query rows on long caches, contiguous or paged, split over the keys.
+"""The decode kernel: few query rows on long KV caches, contiguous or paged, split over the keys.
 
 A fixed number of programs shares the work, which they lay out themselves from the lengths on the device: a grid made
-for the capacity would spend its time on empty blocks. One item of work is one chunk of one sequence's keys, for one KV
-head and one block of its packed query rows. Where chunks begin depends on nothing but the sequence's own lengths, and a
-row's chunks are merged in their order, by whichever program ends last: so results depend neither on the batch nor on
-who computed what.
+for the capacity would spend its time on empty blocks. All tiles of keys, of all sequences and KV heads, stand in one
+row, cut into equal shares; one loop walks a share's tiles without a break, so that the next tile is on its way from
+memory while one sequence ends and another begins. The walk is computed twice, ahead for the loads and behind for the
+arithmetic.
+
+A share begins and ends where a chunk does, and where chunks begin depends on nothing but the sequence's own length.
+Each chunk has a softmax of its own, folded into the sequence's in order: in registers where one program has all that
+came before, else in memory, by the program that ends last. The operations are the same either way, so results depend
+neither on the batch nor on who computed what.
 
 The products are transposed, S^T = K Q^T and O^T = V^T P^T: keys and value columns, of which there are many, lie along
 the tensor cores' long side, and the few query rows along the short one, so that no warp repeats another's work.
@@ -17,19 +22,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fa4_triton.steps import (
-    LN_2,
-    LOG2_E,
-    Statistics,
-    Strided,
-    Values,
-    block_of,
-    key_tiles,
-    log2_scores,
-    visible,
-)
+from fa4_triton.steps import LN_2, LOG2_E, Statistics, Strided, Values, block_of, key_tiles, log2_scores, visible
 
-MAX_SPLITS = tl.constexpr(64)
 MERGE_STEP = tl.constexpr(8)
 
 
@@ -49,7 +43,6 @@ class Rows(NamedTuple):
     cache: tl.tensor
     pages: tl.tensor
     stride_pages: tl.tensor
-    page_size: tl.tensor
     batch: tl.tensor
     rows_q: tl.tensor
     rows_k: tl.tensor
@@ -59,16 +52,18 @@ class Rows(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """Work space of the split: float32 O and LSE (log2 units) of each chunk, int32 arrivals (zero between launches).
+    """Work space of the split, for each sequence and KV head (a pair).
 
-    `wanted` chunks a sequence, 0 for the default; `slots` is how many the work space holds. Without a split: None.
+    parts: float32, for each of `slots` chunks O^T unnormalised, the row maxima (log2 units) and the row sums. arrivals:
+    int32, for each pair the chunks that arrived (0 between launches), and how many the first part holds. `wanted`:
+    chunks a sequence, 0 for the default. most: chunks a sequence has by default, at most.
     """
 
-    out: tl.tensor
-    lse: tl.tensor
+    parts: tl.tensor
     arrivals: tl.tensor
-    wanted: tl.tensor
     slots: tl.tensor
+    wanted: tl.tensor
+    most: tl.tensor
 
 
 class Descale(NamedTuple):
@@ -79,34 +74,20 @@ class Descale(NamedTuple):
     stride_h: tl.tensor
 
 
-class Layout(NamedTuple):
-    """One sequence's part of the work; also for a vector of sequences. Tiles are TILE_N keys."""
+class Keys(NamedTuple):
+    """The keys of a sequence (or of a vector of them): padded rows before them, their number, the tiles that are
+    visited from `begin` on (one at least), and the tiles of a chunk."""
 
-    start_q: tl.tensor
-    len_q: tl.tensor
     pad: tl.tensor
-    len_k: tl.tensor
+    length: tl.tensor
     begin: tl.tensor
+    tiles: tl.tensor
     chunk: tl.tensor
-    chunks: tl.tensor
-    blocks: tl.tensor
-    unit: tl.tensor
 
 
 @triton.jit
-def layout_of(rows, values, splits, i, GROUP: tl.constexpr, ROWS: tl.constexpr, TILE_N: tl.constexpr,
-              CHUNK: tl.constexpr):  # fmt: skip
-    """Layout of sequence i (a number or a vector). `unit` is the cost of one block of rows: tiles, and one a chunk."""
-    within = i < rows.batch
-    if rows.cu_q is None:
-        start_q = i * 0
-        len_q = i * 0 + rows.rows_q
-    else:
-        start_q = tl.minimum(tl.maximum(tl.load(rows.cu_q + i, mask=within, other=0), 0), rows.rows_q)
-        end_q = tl.minimum(tl.load(rows.cu_q + i + 1, mask=within, other=0), rows.rows_q)
-        len_q = tl.maximum(end_q - start_q, 0)
-    if rows.used_q is not None:
-        len_q = tl.minimum(tl.maximum(tl.load(rows.used_q + i, mask=within, other=0), 0), len_q)
+def valid_keys(rows, i, within):
+    """(pad, length): the padded rows and the valid keys of sequence i; clamped, whatever the device says."""
     filled = i * 0 + rows.length_k
     if rows.used_k is not None:
         filled = tl.load(rows.used_k + i, mask=within, other=0)
@@ -115,74 +96,114 @@ def layout_of(rows, values, splits, i, GROUP: tl.constexpr, ROWS: tl.constexpr, 
     pad = i * 0
     if rows.leftpad is not None:
         pad = tl.minimum(tl.maximum(tl.load(rows.leftpad + i, mask=within, other=0), 0), filled)
-    len_k = filled - pad
-    begin, _, _, end = key_tiles(values, 0, len_q - 1, len_q, len_k, TILE_N)
-    tiles = tl.where(len_q > 0, end - begin, 0)
-    blocks = tl.maximum((len_q * GROUP + ROWS - 1) // ROWS, 1)
-    if splits.out is None:
-        chunk = tiles
-    else:
-        default = CHUNK * tl.maximum((tiles + CHUNK * MAX_SPLITS - 1) // (CHUNK * MAX_SPLITS), 1)
-        chunk = tl.where(splits.wanted > 0, (tiles + splits.wanted - 1) // tl.maximum(splits.wanted, 1), default)
-    chunk = tl.maximum(chunk, 1)
-    chunks = tl.maximum((tiles + chunk - 1) // chunk, 1)
-    return Layout(start_q, len_q, pad, len_k, begin, chunk, chunks, blocks, tiles + chunks)
+    return pad, filled - pad
 
 
 @triton.jit
-def find_work(rows, values, splits, heads_kv, GROUP: tl.constexpr, ROWS: tl.constexpr, TILE_N: tl.constexpr,
-              CHUNK: tl.constexpr):  # fmt: skip
-    """This program's share, as costs from `first` to `last`, and where it begins: (first, last, sequence, before).
+def keys_of(rows, values, splits, i, TILE_N: tl.constexpr, CHUNK: tl.constexpr):
+    """The keys of sequence i, a number or a vector; past the last sequence they are empty."""
+    pad, length = valid_keys(rows, i, i < rows.batch)
+    begin, _, _, end = key_tiles(values, 0, rows.rows_q - 1, rows.rows_q, length, TILE_N)
+    tiles = tl.maximum(end - begin, 1)
+    chunk = CHUNK * ((tiles + CHUNK * splits.most - 1) // (CHUNK * splits.most))
+    chunk = tl.where(splits.wanted > 0, (tiles + splits.wanted - 1) // tl.maximum(splits.wanted, 1), chunk)
+    return Keys(pad, length, begin, tiles, chunk)
 
-    `before` is the cost of the sequences before `sequence`.
+
+@triton.jit
+def next_chunk(keys, before, at, heads_kv):
+    """The first chunk that begins at tile `at` or later, in a sequence whose tiles begin at `before` or in the next.
+
+    Returns (sequences passed, pair, tile in it, its place among all tiles).
     """
+    inside = (at - before).to(tl.int32)
+    pair = inside // keys.tiles
+    tile = (inside - pair * keys.tiles + keys.chunk - 1) // keys.chunk * keys.chunk
+    over = tile >= keys.tiles
+    pair = tl.where(over, pair + 1, pair)
+    tile = tl.where(over, 0, tile)
+    place = before + pair.to(tl.int64) * keys.tiles + tile
+    passed = (pair == heads_kv).to(tl.int32)
+    return passed, tl.where(passed == 1, 0, pair), tile, place
+
+
+@triton.jit
+def find_share(rows, values, splits, heads_kv, TILE_N: tl.constexpr, CHUNK: tl.constexpr):
+    """This program's share: (sequence, pair, tile in it, number of tiles)."""
     STEP: tl.constexpr = 128
     total = tl.zeros([], tl.int64)
-    for at in range(0, rows.batch, STEP):
-        i = at + tl.arange(0, STEP)
-        layout = layout_of(rows, values, splits, i, GROUP, ROWS, TILE_N, CHUNK)
-        cost = (layout.unit * layout.blocks).to(tl.int64) * heads_kv
+    for start in range(0, rows.batch, STEP):
+        i = start + tl.arange(0, STEP)
+        cost = keys_of(rows, values, splits, i, TILE_N, CHUNK).tiles.to(tl.int64) * heads_kv
         total += tl.sum(tl.where(i < rows.batch, cost, 0), 0)
     first = total * tl.program_id(0) // tl.num_programs(0)
     last = total * (tl.program_id(0) + 1) // tl.num_programs(0)
-    sequence = 0
-    before = tl.zeros([], tl.int64)
+    first_sequence = 0
+    last_sequence = 0
+    before_first = tl.zeros([], tl.int64)
+    before_last = tl.zeros([], tl.int64)
     counted = tl.zeros([], tl.int64)
-    for at in range(0, rows.batch, STEP):
-        i = at + tl.arange(0, STEP)
-        layout = layout_of(rows, values, splits, i, GROUP, ROWS, TILE_N, CHUNK)
-        cost = tl.where(i < rows.batch, (layout.unit * layout.blocks).to(tl.int64) * heads_kv, 0)
+    for start in range(0, rows.batch, STEP):
+        i = start + tl.arange(0, STEP)
+        cost = keys_of(rows, values, splits, i, TILE_N, CHUNK).tiles.to(tl.int64) * heads_kv
+        cost = tl.where(i < rows.batch, cost, 0)
         ends = counted + tl.cumsum(cost, 0)
         passed = (ends <= first) & (i < rows.batch)
-        sequence += tl.sum(passed.to(tl.int32), 0)
-        before = tl.maximum(before, tl.max(tl.where(passed, ends, 0), 0))
+        first_sequence += tl.sum(passed.to(tl.int32), 0)
+        before_first = tl.maximum(before_first, tl.max(tl.where(passed, ends, 0), 0))
+        passed = (ends <= last) & (i < rows.batch)
+        last_sequence += tl.sum(passed.to(tl.int32), 0)
+        before_last = tl.maximum(before_last, tl.max(tl.where(passed, ends, 0), 0))
         counted += tl.sum(cost, 0)
-    return first, last, sequence, before
+    keys = keys_of(rows, values, splits, last_sequence, TILE_N, CHUNK)
+    _, _, _, end = next_chunk(keys, before_last, last, heads_kv)
+    keys = keys_of(rows, values, splits, first_sequence, TILE_N, CHUNK)
+    passed, pair, tile, begin = next_chunk(keys, before_first, first, heads_kv)
+    return first_sequence + passed, pair, tile, (end - begin).to(tl.int32)
 
 
 @triton.jit
-def pages_of(rows, sequence, pad, len_k, key):
-    """Cache rows' blocks for keys of a sequence: numbers of pages, or of the sequence's one batch element."""
-    position = pad + tl.minimum(key, tl.maximum(len_k - 1, 0))
-    page = tl.load(rows.pages + sequence.to(tl.int64) * rows.stride_pages + position // rows.page_size)
+def block_number(rows, sequence):
+    """The batch element of a contiguous cache that holds a sequence; clamped into the cache."""
+    number = sequence
+    if rows.cache is not None:
+        number = tl.load(rows.cache + sequence, mask=sequence < rows.batch, other=0)
+        number = tl.minimum(tl.maximum(number, 0), rows.n_blocks - 1)
+    return number
+
+
+@triton.jit
+def page_numbers(rows, sequence, pad, length, first, PAGE: tl.constexpr, TILE_N: tl.constexpr):
+    """The pages of TILE_N keys from `first` on: a number where they lie in one page, else a vector; clamped."""
+    key = first
+    if PAGE % TILE_N != 0 or rows.leftpad is not None:
+        key += tl.arange(0, TILE_N)
+    last = tl.maximum(length - 1, 0)
+    place = rows.pages + sequence.to(tl.int64) * rows.stride_pages + (pad + tl.minimum(key, last)) // PAGE
+    page = tl.load(place, mask=(sequence < rows.batch) & (length > 0) & (key >= 0), other=0)
     return tl.minimum(tl.maximum(page, 0), rows.n_blocks - 1)
 
 
 @triton.jit
-def cache_rows(cache, rows, block, pad, first, key):
-    """Offsets in elements of the keys' rows in the cache, whose numbers start at `first`; head not included."""
-    if rows.pages is None:
+def cache_rows(cache, rows, block, pad, first, PAGE: tl.constexpr, TILE_N: tl.constexpr):
+    """Offsets in elements of TILE_N keys' rows from `first` on, without the head; block: batch element or page(s)."""
+    key = tl.arange(0, TILE_N)
+    if PAGE == 0:
         base = block.to(tl.int64) * cache.stride_b + (pad + first).to(tl.int64) * cache.stride_s
-        return base + (key - first) * cache.stride_s
+        offsets = base + key * cache.stride_s
+    elif PAGE % TILE_N == 0 and rows.leftpad is None:
+        base = block.to(tl.int64) * cache.stride_b + (first % PAGE).to(tl.int64) * cache.stride_s
+        offsets = base + key * cache.stride_s
     else:
-        return block.to(tl.int64) * cache.stride_b + ((pad + key) % rows.page_size) * cache.stride_s
+        offsets = block.to(tl.int64) * cache.stride_b + ((pad + first + key) % PAGE) * cache.stride_s
+    return offsets
 
 
 @triton.jit
-def load_cache(cache, offsets, seen, like, DIM: tl.constexpr, D: tl.constexpr):
-    """(keys, D) tile in `like`'s dtype, zero where not seen; fp8 e4m3 comes as bytes and is 2^-8 times its value."""
+def load_cache(cache, head, offsets, seen, like: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr):
+    """(keys, D) tile in dtype `like`, zero where not seen; fp8 e4m3 comes as bytes and is 2^-8 times its value."""
     column = tl.arange(0, D)
-    ptrs = cache.ptr + offsets[:, None] + column[None, :]
+    ptrs = cache.ptr + (head.to(tl.int64) * cache.stride_h + offsets)[:, None] + column[None, :]
     mask = seen[:, None]
     if DIM != D:
         mask = mask & (column < DIM)[None, :]
@@ -194,6 +215,93 @@ def load_cache(cache, offsets, seen, like, DIM: tl.constexpr, D: tl.constexpr):
         half = ((bits & 0x80) << 8) | tl.where(magnitude == 0x7F, 0x7E00, magnitude << 7)
         tile = half.to(tl.uint16).to(tl.float16, bitcast=True).to(like)
     return tile
+
+
+@triton.jit
+def descale_of(cache, descale, sequence, head):
+    """What the elements of a cache as `load_cache` gives them are to be multiplied with."""
+    factor = 1.0
+    if cache.ptr.dtype.element_ty == tl.uint8:
+        factor = 256.0
+        if descale.ptr is not None:
+            factor *= tl.load(descale.ptr + sequence * descale.stride_b + head * descale.stride_h)
+    return factor
+
+
+@triton.jit
+def attend_tile(q_tile, k_tile, v_tile, values, scale_k, row_q, key, len_q, len_k, state):
+    """Folds one tile into (O^T, row maxima, sums by key): the online softmax, with the running maximum followed.
+
+    The sums stay apart by key until a chunk ends: one reduction across warps instead of one a tile.
+    """
+    acc, row_max, sums = state
+    values = Values(values.scale * scale_k, values.softcap, values.left, values.right, None)
+    scores, factor = log2_scores(values, tl.dot(k_tile, q_tile.T, input_precision="ieee"))
+    seen = visible(values, row_q[None, :], key[:, None], len_q, len_k)
+    scores = tl.where(seen, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 0) * factor)
+    pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+    rescale = tl.exp2(row_max - pivot)
+    p = tl.exp2(scores * factor - pivot[None, :])
+    sums = sums * rescale[None, :] + p
+    acc = tl.dot(v_tile.T, p.to(q_tile.dtype), acc * rescale[None, :], input_precision="ieee")
+    return acc, new_max, sums
+
+
+@triton.jit
+def fold_chunk(whole, part):
+    """(O^T, row maxima, row sums) of what came before and of one chunk, as one; the roundings are spelled out."""
+    acc, row_max, row_sum = whole
+    part_acc, part_max, part_sum = part
+    top = tl.maximum(row_max, part_max)
+    pivot = tl.where(top == float("-inf"), 0.0, top)
+    factor = tl.exp2(row_max - pivot)
+    part_factor = tl.exp2(part_max - pivot)
+    acc = tl.fma(part_acc, tl.broadcast_to(part_factor[None, :], part_acc.shape), acc * factor[None, :])
+    return acc, top, tl.fma(part_sum, part_factor, row_sum * factor)
+
+
+@triton.jit
+def part_pointers(splits, pair, slot, row, n_rows, DIM_V: tl.constexpr, DV: tl.constexpr):
+    """Pointers to a part's O^T (DV, rows), row maxima and row sums; it holds n_rows."""
+    base = splits.parts + (pair * splits.slots + slot) * (n_rows * (DIM_V + 2))
+    statistics = base + n_rows * DIM_V + row
+    return base + row[None, :] * DIM_V + tl.arange(0, DV)[:, None], statistics, statistics + n_rows
+
+
+@triton.jit
+def store_part(splits, pair, slot, row, n_rows, state, DIM_V: tl.constexpr, DV: tl.constexpr):
+    """Stores a chunk's state (O^T, row maxima, row sums)."""
+    acc, row_max, row_sum = state
+    outs, maxima, sums = part_pointers(splits, pair, slot, row, n_rows, DIM_V, DV)
+    used = row < n_rows
+    tl.store(outs, acc, mask=used[None, :] & (tl.arange(0, DV) < DIM_V)[:, None])
+    tl.store(maxima, row_max, mask=used)
+    tl.store(sums, row_sum, mask=used)
+
+
+@triton.jit
+def merge_parts(splits, pair, chunks, row, n_rows, DIM_V: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr):
+    """The state over a pair's chunks, folded in their order; the first part may hold several."""
+    state = (
+        tl.zeros([DV, ROWS], tl.float32),
+        tl.full([ROWS], float("-inf"), tl.float32),
+        tl.zeros([ROWS], tl.float32),
+    )
+    first = tl.load(splits.arrivals + 2 * pair + 1, cache_modifier=".cg")
+    # Part 0, and then the chunks that it does not hold.
+    for at in range(first - 1, chunks, MERGE_STEP):
+        for j in tl.static_range(MERGE_STEP):
+            slot = tl.where(at + j < first, 0, at + j)
+            there = at + j < chunks
+            outs, maxima, sums = part_pointers(splits, pair, slot, row, n_rows, DIM_V, DV)
+            used = (row < n_rows) & there
+            mask = used[None, :] & (tl.arange(0, DV) < DIM_V)[:, None]
+            acc = tl.load(outs, mask=mask, other=0.0, cache_modifier=".cg")
+            row_max = tl.load(maxima, mask=used, other=float("-inf"), cache_modifier=".cg")
+            row_sum = tl.load(sums, mask=used, other=0.0, cache_modifier=".cg")
+            state = fold_chunk(state, (acc, row_max, row_sum))
+    return state
 
 
 @triton.jit
@@ -209,91 +317,26 @@ def with_sink(lse, logit):
 
 
 @triton.jit
-def attend_chunk(
-    q_tile, k, v, rows, values, scale_k, sequence, block, head_kv, row_q, layout, begin, end,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_N: tl.constexpr,
-):  # fmt: skip
-    """O^T (DV, rows), normalised, and LSE (log2 units) of the key tiles begin to end."""
-    ROWS: tl.constexpr = q_tile.shape[0]
-    D: tl.constexpr = q_tile.shape[1]
-    DV: tl.constexpr = block_of(DIM_V)
-    k = Strided(k.ptr + head_kv.to(tl.int64) * k.stride_h, k.stride_b, k.stride_s, 0, None)
-    v = Strided(v.ptr + head_kv.to(tl.int64) * v.stride_h, v.stride_b, v.stride_s, 0, None)
-    values = Values(values.scale * scale_k, values.softcap, values.left, values.right, None)
-    acc = tl.zeros([DV, ROWS], tl.float32)
-    row_max = tl.full([ROWS], float("-inf"), tl.float32)
-    # Sums stay apart by key until the end: one reduction across warps instead of one a tile.
-    sums = tl.zeros([TILE_N, ROWS], tl.float32)
-    if rows.pages is not None:
-        # Page numbers are read one tile ahead, so that no load of keys waits for them.
-        block = pages_of(rows, sequence, layout.pad, layout.len_k, begin * TILE_N + tl.arange(0, TILE_N))
-    for tile in range(begin, end):
-        first = tile * TILE_N
-        key = first + tl.arange(0, TILE_N)
-        valid = key < layout.len_k
-        k_tile = load_cache(k, cache_rows(k, rows, block, layout.pad, first, key), valid, q_tile.dtype, DIM, D)
-        v_tile = load_cache(v, cache_rows(v, rows, block, layout.pad, first, key), valid, q_tile.dtype, DIM_V, DV)
-        if rows.pages is not None:
-            block = pages_of(rows, sequence, layout.pad, layout.len_k, key + TILE_N)
-        scores, factor = log2_scores(values, tl.dot(k_tile, q_tile.T, input_precision="ieee"))
-        seen = visible(values, row_q[None, :], key[:, None], layout.len_q, layout.len_k)
-        scores = tl.where(seen, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 0) * factor)
-        pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
-        rescale = tl.exp2(row_max - pivot)
-        p = tl.exp2(scores * factor - pivot[None, :])
-        sums = sums * rescale[None, :] + p
-        acc = tl.dot(v_tile.T, p.to(q_tile.dtype), acc * rescale[None, :], input_precision="ieee")
-        row_max = new_max
-    row_sum = tl.sum(sums, 0)
+def store_result(out, lse, sink, batch, start_q, head, row_q, used, scale_v, state, DIM_V: tl.constexpr,
+                 DV: tl.constexpr):  # fmt: skip
+    """Normalises a state (O^T, row maxima, row sums), adds the sink, and stores out and, if wanted, lse."""
+    acc, row_max, row_sum = state
     some = row_sum != 0.0
     row_sum = tl.where(some, row_sum, 1.0)
-    return acc * (1.0 / row_sum)[None, :], tl.where(some, row_max + tl.log2(row_sum), float("-inf"))
-
-
-@triton.jit
-def merge_chunks(splits, slot, chunks, row, used, DIM_V: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr):
-    """O (rows, DV) and LSE (log2 units) over a slot's chunks, added in their order."""
+    row_lse = tl.where(some, row_max + tl.log2(row_sum), float("-inf"))
+    factor = scale_v / row_sum
+    if sink is not None:
+        row_lse, share = with_sink(row_lse, tl.load(sink + head, mask=used, other=0.0).to(tl.float32))
+        factor *= share
     column = tl.arange(0, DV)
-    lses = splits.lse + slot * splits.slots * ROWS
-    outs = splits.out + slot * splits.slots * ROWS * DIM_V
-    i = tl.arange(0, MAX_SPLITS)
-    parts = tl.load(
-        lses + i[:, None] * ROWS + row[None, :], mask=(i < chunks)[:, None], other=float("-inf"), cache_modifier=".cg"
-    )
-    # NaN must reach the weights: a maximum may drop it, the sum of the exponentials does not.
-    top = tl.max(parts, 0)
-    pivot = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(parts - pivot[None, :]), 0)
-    some = total != 0.0
-    total = tl.where(some, total, 1.0)
-    acc = tl.zeros([ROWS, DV], tl.float32)
-    for at in range(0, chunks, MERGE_STEP):
-        for j in tl.static_range(MERGE_STEP):
-            there = at + j < chunks
-            part = tl.load(lses + (at + j) * ROWS + row, mask=there & used, other=float("-inf"), cache_modifier=".cg")
-            tile = tl.load(
-                outs + ((at + j) * ROWS + row)[:, None] * DIM_V + column[None, :],
-                mask=(there & used)[:, None] & (column < DIM_V)[None, :], other=0.0, cache_modifier=".cg",
-            )  # fmt: skip
-            acc += (tl.exp2(part - pivot) / total)[:, None] * tile
-    return acc, tl.where(some, top + tl.log2(total), float("-inf"))
-
-
-@triton.jit
-def store_result(out, lse, sequence, layout, head, row_q, used, o, row_lse, DIM_V: tl.constexpr, DV: tl.constexpr,
-                 VARLEN: tl.constexpr):  # fmt: skip
-    """Stores O (rows, DV) and LSE (log2 units) of packed rows."""
-    column = tl.arange(0, DV)
-    batch = 0 if VARLEN else sequence.to(tl.int64)
-    position = (layout.start_q + row_q).to(tl.int64)
+    position = (start_q + row_q).to(tl.int64)
+    batch = batch.to(tl.int64)
     at = out.ptr + batch * out.stride_b + position * out.stride_s + head * out.stride_h
-    mask = used[:, None]
-    if DIM_V != DV:
-        mask = mask & (column < DIM_V)[None, :]
-    tl.store(at[:, None] + column[None, :], o.to(out.ptr.dtype.element_ty), mask=mask)
-    at = lse.ptr + batch * lse.stride_b + position * lse.stride_s + head * lse.stride_h
-    tl.store(at, row_lse * LN_2, mask=used)
+    o = (acc * factor[None, :]).to(out.ptr.dtype.element_ty)
+    tl.store(at[None, :] + column[:, None], o, mask=used[None, :] & (column < DIM_V)[:, None])
+    if lse.ptr is not None:
+        at = lse.ptr + batch * lse.stride_b + position * lse.stride_s + head * lse.stride_h
+        tl.store(at, row_lse * LN_2, mask=used)
 
 
 @triton.jit
@@ -316,95 +359,118 @@ def attention_decode(
     ROWS: tl.constexpr,
     TILE_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
-    """Writes out and lse of the rows that take part; any number of programs may share the work.
+    """Writes out and lse; any number of programs may share the work. All query rows of a KV head fit into one tile.
 
-    ROWS: query rows of a tile; row r of a KV head's block is query r // GROUP of its query head r % GROUP. CHUNK: tiles
-    of the smallest chunk.
+    ROWS: query rows of a tile, of which row r is query r // GROUP of the KV head's query head r % GROUP. CHUNK: tiles
+    of the smallest chunk. PAGE: rows of a page, 0 for a contiguous cache.
     """
     D: tl.constexpr = block_of(DIM)
     DV: tl.constexpr = block_of(DIM_V)
-    VARLEN: tl.constexpr = rows.cu_q is not None
-    FP8: tl.constexpr = k.ptr.dtype.element_ty == tl.uint8
-    at, last, sequence, before = find_work(rows, values, splits, heads_kv, GROUP, ROWS, TILE_N, CHUNK)
-    layout = layout_of(rows, values, splits, sequence, GROUP, ROWS, TILE_N, CHUNK)
-    # An item belongs to the program in whose share it begins: the first that begins at `at` or later.
-    pair = ((at - before) // layout.unit).to(tl.int32)
-    inside = (at - before - pair.to(tl.int64) * layout.unit).to(tl.int32)
-    item = (inside + layout.chunk) // (layout.chunk + 1)
-    if item >= layout.chunks:
-        pair += 1
-        item = 0
-        if pair == heads_kv * layout.blocks:
-            before += pair.to(tl.int64) * layout.unit
-            pair = 0
-            sequence += 1
-            layout = layout_of(rows, values, splits, sequence, GROUP, ROWS, TILE_N, CHUNK)
-    while (before + pair.to(tl.int64) * layout.unit + item * (layout.chunk + 1)) < last:
-        head_kv = pair // layout.blocks
-        first_row = (pair % layout.blocks) * ROWS
-        row = tl.arange(0, ROWS)
-        row_q = (first_row + row) // GROUP
-        head = head_kv * GROUP + (first_row + row) % GROUP
-        used = row_q < layout.len_q
-        column = tl.arange(0, D)
-        base = q.ptr + (layout.start_q.to(tl.int64) * q.stride_s if VARLEN else sequence.to(tl.int64) * q.stride_b)
-        q_tile = tl.load(
-            base + (row_q * q.stride_s + head * q.stride_h)[:, None] + column[None, :],
-            mask=used[:, None] & (column < DIM)[None, :], other=0.0,
-        )  # fmt: skip
-        begin, _, _, end = key_tiles(
-            values, first_row // GROUP, tl.minimum((first_row + ROWS - 1) // GROUP, layout.len_q - 1), layout.len_q,
-            layout.len_k, TILE_N,
-        )  # fmt: skip
-        chunk_begin = layout.begin + item * layout.chunk
-        begin = tl.maximum(begin, chunk_begin)
-        end = tl.where(layout.len_q > 0, tl.minimum(end, chunk_begin + layout.chunk), begin)
-        block = sequence
-        if rows.cache is not None:
-            block = tl.minimum(tl.maximum(tl.load(rows.cache + sequence), 0), rows.n_blocks - 1)
-        scale_k = 1.0
-        if FP8:
-            scale_k = 256.0
-            if k_descale.ptr is not None:
-                scale_k *= tl.load(k_descale.ptr + sequence * k_descale.stride_b + head_kv * k_descale.stride_h)
-        acc, row_lse = attend_chunk(
-            q_tile, k, v, rows, values, scale_k, sequence, block, head_kv, row_q, layout, begin, end, DIM, DIM_V, TILE_N
-        )
-        if FP8:
-            scale_v = 256.0
-            if v_descale.ptr is not None:
-                scale_v *= tl.load(v_descale.ptr + sequence * v_descale.stride_b + head_kv * v_descale.stride_h)
-            acc *= scale_v
-        o = tl.trans(acc)
-        complete = True
-        if splits.out is not None:  # noqa: SIM102 (this one is decided while compiling)
-            if layout.chunks > 1:
-                slot = (sequence.to(tl.int64) * heads_kv + head_kv) * layout.blocks + pair % layout.blocks
-                part = (slot * splits.slots + item) * ROWS + row
-                column_v = tl.arange(0, DV)
-                tl.store(splits.lse + part, row_lse)
-                tl.store(
-                    splits.out + part[:, None] * DIM_V + column_v[None, :], o,
-                    mask=used[:, None] & (column_v < DIM_V)[None, :],
-                )  # fmt: skip
-                tl.debug_barrier()  # every thread's part is written before one of them says so
-                complete = tl.atomic_add(splits.arrivals + slot, 1, sem="acq_rel", scope="gpu") == layout.chunks - 1
-                if complete:
-                    tl.store(splits.arrivals + slot, 0)
-                    o, row_lse = merge_chunks(splits, slot, layout.chunks, row, used, DIM_V, DV, ROWS)
-        if complete:
-            if sink is not None:
-                logit = tl.load(sink + head, mask=used, other=0.0).to(tl.float32)
-                row_lse, factor = with_sink(row_lse, logit)
-                o *= factor[:, None]
-            store_result(out, lse, sequence, layout, head, row_q, used, o, row_lse, DIM_V, DV, VARLEN)
-        item += 1
-        if item == layout.chunks:
-            item = 0
-            pair += 1
-            if pair == heads_kv * layout.blocks:
-                before += pair.to(tl.int64) * layout.unit
-                pair = 0
-                sequence += 1
-                layout = layout_of(rows, values, splits, sequence, GROUP, ROWS, TILE_N, CHUNK)
+    sequence, pair, tile, n_tiles = find_share(rows, values, splits, heads_kv, TILE_N, CHUNK)
+    keys = keys_of(rows, values, splits, sequence, TILE_N, CHUNK)
+    row = tl.arange(0, ROWS)
+    row_q = row // GROUP
+    used = row_q < rows.rows_q
+    n_rows = rows.rows_q * GROUP
+    column = tl.arange(0, D)
+    q_rows = (row_q * q.stride_s + (row % GROUP) * q.stride_h)[:, None] + column[None, :]
+    q_mask = used[:, None] & (column < DIM)[None, :]
+
+    # What the loads are at, one stage or more ahead of the arithmetic.
+    load_sequence, load_pair, load_tile, load_keys = sequence, pair, tile, keys
+    if PAGE == 0:
+        block = block_number(rows, sequence)
+    else:
+        first = (keys.begin + tile) * TILE_N
+        block = page_numbers(rows, sequence, keys.pad, keys.length, first, PAGE, TILE_N)
+    # Whether an earlier program has the sequence's first chunks, and so its place among the parts.
+    inherited = tile > 0
+    first_sequence, first_pair, first_tile, first_chunk = sequence, pair, tile, keys.chunk
+    first_tiles = keys.tiles
+    scale_k = descale_of(k, k_descale, tl.minimum(sequence, rows.batch - 1), pair)
+    nothing = (
+        tl.zeros([DV, ROWS], tl.float32),
+        tl.full([ROWS], float("-inf"), tl.float32),
+        tl.zeros([ROWS], tl.float32),
+    )
+    whole = nothing
+    state = (nothing[0], nothing[1], tl.zeros([TILE_N, ROWS], tl.float32))
+    for _ in range(n_tiles):
+        first = (load_keys.begin + load_tile) * TILE_N
+        valid = first + tl.arange(0, TILE_N) < load_keys.length
+        # Read for each tile anew, out of L2, and so in flight with the keys when the sequence changes.
+        base = q.ptr + load_sequence.to(tl.int64) * q.stride_b + load_pair.to(tl.int64) * (GROUP * q.stride_h)
+        q_tile = tl.load(base + q_rows, mask=q_mask, other=0.0)
+        k_rows = cache_rows(k, rows, block, load_keys.pad, first, PAGE, TILE_N)
+        k_tile = load_cache(k, load_pair, k_rows, valid, q_tile.dtype, DIM, D)
+        v_rows = cache_rows(v, rows, block, load_keys.pad, first, PAGE, TILE_N)
+        v_tile = load_cache(v, load_pair, v_rows, valid, q_tile.dtype, DIM_V, DV)
+        load_tile += 1
+        if load_tile == load_keys.tiles:
+            load_tile = 0
+            load_pair += 1
+            if load_pair == heads_kv:
+                load_pair = 0
+                load_sequence += 1
+                load_keys = keys_of(rows, values, splits, load_sequence, TILE_N, CHUNK)
+                if PAGE == 0:
+                    block = block_number(rows, load_sequence)
+        if PAGE != 0:
+            first = (load_keys.begin + load_tile) * TILE_N
+            block = page_numbers(rows, load_sequence, load_keys.pad, load_keys.length, first, PAGE, TILE_N)
+
+        key = (keys.begin + tile) * TILE_N + tl.arange(0, TILE_N)
+        state = attend_tile(q_tile, k_tile, v_tile, values, scale_k, row_q, key, rows.rows_q, keys.length, state)
+        tile += 1
+        if (tile % keys.chunk == 0) | (tile == keys.tiles):
+            part = (state[0], state[1], tl.sum(state[2], 0))
+            if inherited:
+                slot = (tile - 1) // keys.chunk
+                store_part(splits, sequence.to(tl.int64) * heads_kv + pair, slot, row, n_rows, part, DIM_V, DV)
+            else:
+                whole = fold_chunk(whole, part)
+            state = (nothing[0], nothing[1], tl.zeros([TILE_N, ROWS], tl.float32))
+            if tile == keys.tiles:
+                if not inherited:
+                    head = pair * GROUP + row % GROUP
+                    scale_v = descale_of(v, v_descale, sequence, pair)
+                    store_result(out, lse, sink, sequence, 0, head, row_q, used, scale_v, whole, DIM_V, DV)
+                whole = nothing
+                inherited = tile < 0
+                tile = 0
+                pair += 1
+                if pair == heads_kv:
+                    pair = 0
+                    sequence += 1
+                    keys = keys_of(rows, values, splits, sequence, TILE_N, CHUNK)
+                scale_k = descale_of(k, k_descale, tl.minimum(sequence, rows.batch - 1), pair)
+
+    # Sequences that this program shares with others: the one it began within, and the one it ended within.
+    for which in range(2):
+        if which == 0:
+            there = (first_tile > 0) & (n_tiles > 0)
+            number = first_sequence.to(tl.int64) * heads_kv + first_pair
+            end = tl.minimum(first_tile + n_tiles, first_tiles)
+            arrived = (end + first_chunk - 1) // first_chunk - first_tile // first_chunk
+            chunks = (first_tiles + first_chunk - 1) // first_chunk
+        else:
+            there = (tile > 0) & (n_tiles > 0) & (inherited == 0)
+            number = sequence.to(tl.int64) * heads_kv + pair
+            arrived = tile // keys.chunk
+            chunks = (keys.tiles + keys.chunk - 1) // keys.chunk
+        if there:
+            if which == 1:
+                store_part(splits, number, 0, row, n_rows, whole, DIM_V, DV)
+                tl.store(splits.arrivals + 2 * number + 1, arrived)
+            tl.debug_barrier()  # every thread's part is written before one of them says so
+            before = tl.atomic_add(splits.arrivals + 2 * number, arrived, sem="acq_rel", scope="gpu")
+            if before + arrived == chunks:
+                tl.store(splits.arrivals + 2 * number, 0)
+                merged = merge_parts(splits, number, chunks, row, n_rows, DIM_V, DV, ROWS)
+                batch = (number // heads_kv).to(tl.int32)
+                head_kv = (number % heads_kv).to(tl.int32)
+                scale_v = descale_of(v, v_descale, batch, head_kv)
+                head = head_kv * GROUP + row % GROUP
+                store_result(out, lse, sink, batch, 0, head, row_q, used, scale_v, merged, DIM_V, DV)

@@ -1,8 +1,13 @@
-"""From a checked KV-cache call, or a paged one, to the launches: tiles, work space, programs."""
+"""From a checked KV-cache call, or a paged one, to the launches: kernel, tile, work space, number of programs.
+
+An inference engine calls this thousands of times a second. What follows from a call's signature and strides (arguments
+but for the pointers, grid, compiled kernel) is made once and kept.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,82 +15,72 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from fa4_core.kvcache import FP8, MAX_SPLITS, CacheInputs, CacheProblem
+from fa4_core.kvcache import FP8, CacheInputs, CacheProblem
 from fa4_core.problem import Inputs, Problem
 from fa4_triton import interpreted
 from fa4_triton import launch as host
 from fa4_triton.append import Rotary, append_rows
-from fa4_triton.compile import compile_kernel, is_aligned
+from fa4_triton.compile import POINTER_ALIGNMENT, STRIDE_ALIGNMENT, compile_kernel
 from fa4_triton.decode import Descale, Rows, Splits, attention_decode
-from fa4_triton.steps import Strided, Values
-from fa4_triton.tiles import MAX_ROWS, DecodeTile, decode_tile
+from fa4_triton.prefill import attention_prefill
+from fa4_triton.steps import Statistics, Strided, Values
+from fa4_triton.tiles import MAX_ROWS, DecodeTile, decode_tile, prefill_tile
 
-APPEND_BLOCK = 16
+APPEND_TILE = DecodeTile(16, 0, 4, 1, 0, 0)
+MAX_CHUNKS = 32
+"""Chunks of a sequence by default: enough that eight KV heads of one sequence fill a GPU, few enough to merge."""
 ARRIVALS = 2**16
 """Counters that a stream's work space holds at first."""
+NO_STRIDED = Strided(None, None, None, None, None)
+NO_SPLITS = Splits(None, None, None, None, None)
 
 
 class _Plan(NamedTuple):
-    """What calls of one kind share: as `launch._Plan`, with the tile of a decode kernel."""
+    """What calls of one kind share: as `launch._Plan`."""
 
+    kernel: Any
     tile: DecodeTile
     constants: tuple[tuple[str, Any], ...]
     compiled: dict[tuple, CompiledKernel]
 
 
-@functools.cache
-def _decode_plan(dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int, head_dim_v: int, group: int,
-                 rows: int, kinds: tuple[bool, ...], device: torch.device) -> _Plan:  # fmt: skip
-    """The plan of the decode kernel; rows: query rows of a sequence times the group. kinds: only distinguishes."""
-    target = None if interpreted() else host.target_of(device)
-    tile = decode_tile(dtype.itemsize, cache_dtype.itemsize, max(head_dim, head_dim_v), rows, target)
-    constants = (
-        ("GROUP", group),
-        ("DIM", head_dim),
-        ("DIM_V", head_dim_v),
-        ("ROWS", tile.rows),
-        ("TILE_N", tile.n),
-        ("CHUNK", tile.chunk),
-    )
-    return _Plan(tile, constants, {})
+Arguments = Callable[[bool], tuple]
+"""Makes a kernel's arguments: with addresses in place of tensors, or (False) with the tensors."""
 
 
 @functools.cache
-def _append_plan(head_dim: int, head_dim_v: int, rotary_dim: int, interleaved: bool, kinds: tuple,
-                 device: torch.device) -> _Plan:  # fmt: skip
-    constants = (
-        ("DIM", head_dim),
-        ("DIM_V", head_dim_v),
-        ("ROTARY", rotary_dim),
-        ("INTERLEAVED", interleaved),
-        ("BLOCK", APPEND_BLOCK),
-    )
-    return _Plan(DecodeTile(APPEND_BLOCK, 0, 4, 1, 0, 0), constants, {})
+def _plan(kernel: Any, tile: DecodeTile, constants: tuple, kinds: tuple, device: torch.device) -> _Plan:
+    """One plan for each set of kinds on a device (a compiled handle belongs to one device)."""
+    return _Plan(kernel, tile, constants, {})
 
 
-def compile_planned(kernel: Any, plan: _Plan, args: tuple, target: Any, layout: tuple) -> CompiledKernel:
+def compile_planned(plan: _Plan, args: tuple, target: Any, layout: tuple) -> CompiledKernel:
     """Compiles a kernel as `_launch` would for `target`, which need not be there."""
     options = {"num_warps": plan.tile.warps, "num_stages": plan.tile.stages}
-    return compile_kernel(kernel, args, dict(plan.constants), options, target, layout[-1])
+    return compile_kernel(plan.kernel, args, dict(plan.constants), options, target, layout[-1])
 
 
-def _launch(kernel: Any, plan: _Plan, device: torch.device, grid: int, args: tuple, layout: tuple) -> None:
-    """As `launch._launch`."""
+def _launch(plan: _Plan, device: torch.device, grid: int, arguments: Arguments, layout: tuple) -> None:
+    """Launches `grid` programs on the device's current stream.
+
+    layout: what the compiled kernel takes from the arguments beyond the plan's kinds; its last entry is "aligned".
+    """
     if grid == 0:
         return
     if interpreted():
-        kernel[(grid,)](*args, **dict(plan.constants))
+        plan.kernel[(grid,)](*arguments(False), **dict(plan.constants))
         return
     compiled = plan.compiled.get(layout)
     if compiled is None:
         with torch.cuda.device(device):
-            compiled = plan.compiled[layout] = compile_planned(kernel, plan, args, host.target_of(device), layout)
+            target = host.target_of(device)
+            compiled = plan.compiled[layout] = compile_planned(plan, arguments(False), target, layout)
     values = [value for _, value in plan.constants]
     if torch.cuda.current_device() == device.index:
-        compiled[(grid, 1, 1)](*args, *values)
+        compiled[(grid, 1, 1)](*arguments(True), *values)
     else:
         with torch.cuda.device(device):
-            compiled[(grid, 1, 1)](*args, *values)
+            compiled[(grid, 1, 1)](*arguments(True), *values)
 
 
 @functools.cache
@@ -96,40 +91,72 @@ def _programs(device: torch.device, per_multiprocessor: int) -> int:
     return per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_arrivals: dict[tuple[int | None, int], Tensor] = {}
+class _WorkSpace:
+    """One stream's work space, which its launches use one after the other; it only grows."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.parts = torch.empty(0, dtype=torch.float32, device=device)
+        self.arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
 
 
-def _arrival_counters(n: int, device: torch.device) -> Tensor:
-    """Zeroed int32 counters, which every launch leaves at zero; launches of one stream may share them.
+_work_spaces: dict[tuple[int | None, int], _WorkSpace] = {}
 
-    A captured graph may run beside anything else, so it gets counters of its own, zeroed in the graph.
+
+def _work_space(n_parts: int, n_arrivals: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """float32 numbers, and zeroed int32 counters, which every launch leaves at zero.
+
+    A captured graph may run beside anything else, so it gets a work space of its own, zeroed in the graph.
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(n, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    found = _arrivals.get(key)
-    if found is None or found.numel() < n:
-        found = _arrivals[key] = torch.zeros(max(n, ARRIVALS), dtype=torch.int32, device=device)
-    return found
+        zeros = torch.zeros(n_arrivals, dtype=torch.int32, device=device)
+        return torch.empty(n_parts, dtype=torch.float32, device=device), zeros
+    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
+    space = _work_spaces.get(key)
+    if space is None:
+        space = _work_spaces[key] = _WorkSpace(device)
+    if space.parts.numel() < n_parts:
+        space.parts = torch.empty(n_parts, dtype=torch.float32, device=device)
+    if space.arrivals.numel() < n_arrivals:
+        space.arrivals = torch.zeros(n_arrivals, dtype=torch.int32, device=device)
+    return space.parts, space.arrivals
 
 
-def _cache(tensor: Tensor) -> Strided:
-    block, row, head, _ = tensor.stride()
-    return Strided(tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor, block, row, head, None)
+def _strides(tensor: Tensor | None) -> tuple | None:
+    return None if tensor is None else tensor.stride()
 
 
-def _descale(tensor: Tensor | None) -> Descale:
-    if tensor is None:
-        return Descale(None, None, None)
-    return Descale(tensor, tensor.stride(0) if tensor.dim() == 2 else 0, tensor.stride(-1))
-
-
-def _index(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _bytes(tensor: Tensor) -> Tensor:
+    """An fp8 tensor as the bytes that the kernels read."""
+    return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor
 
 
 def _plain_last_dim(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _rows_of(strides: tuple | None) -> tuple:
+    """What follows the pointer in `Strided`: strides of a (B, S, H, D) or (total, H, D) tensor, and no descriptor."""
+    if strides is None:
+        return NO_STRIDED[1:]
+    return (strides[0] if len(strides) == 4 else 0, *strides[-4:-1][-2:], None)
+
+
+def _statistics_of(strides: tuple | None) -> tuple:
+    """What follows the pointer in `Statistics`: strides of a (B, H, S) or (H, total) tensor."""
+    if strides is None:
+        return (None, None, None)
+    return (strides[0] if len(strides) == 3 else 0, strides[-1], strides[-2])
+
+
+def _descale_of(strides: tuple | None) -> tuple:
+    """What follows the pointer in `Descale`: strides of a (batch, heads) or (heads,) tensor."""
+    if strides is None:
+        return (None, None)
+    return (strides[0] if len(strides) == 2 else 0, strides[-1])
+
+
+def _aligned(strides: tuple[tuple | None, ...]) -> bool:
+    return all(s is None or all(n % STRIDE_ALIGNMENT == 0 for n in s[:-1]) for s in strides)
 
 
 def _values(problem: Problem) -> Values:
@@ -143,116 +170,218 @@ def _values(problem: Problem) -> Values:
     )
 
 
+class _Tensors(NamedTuple):
+    """A launch's tensors, for a call through `attend_cache` or `attention`; None where it has none."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor | None
+    sink: Tensor | None
+    cu_q: Tensor | None
+    used_q: Tensor | None
+    used_k: Tensor | None
+    leftpad: Tensor | None
+    cache: Tensor | None
+    pages: Tensor | None
+    k_descale: Tensor | None
+    v_descale: Tensor | None
+
+
+class _Call(NamedTuple):
+    """What calls of one signature and strides share."""
+
+    plan: _Plan
+    grid: int
+    n_parts: int
+    n_arrivals: int
+    layout: tuple
+    args: Callable[[tuple, Any, Any], tuple]
+    """(the tensors or their addresses, parts, arrivals) to the kernel's arguments."""
+
+
 def _most_tiles(problem: Problem, tile_n: int) -> int:
     """Upper bound of the tiles of keys that the rows of one sequence see."""
     keys = problem.seqlen_k
     if problem.kinds.window_left:
         right = problem.window_right if problem.kinds.window_right else keys
         keys = min(keys, problem.window_left + problem.seqlen_q + right + 2 * tile_n)
-    return triton.cdiv(keys, tile_n)
+    return max(1, triton.cdiv(keys, tile_n))
 
 
-def attend_cache(problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: Tensor) -> None:
+@functools.lru_cache(maxsize=4096)
+def _call_of(
+    problem: Problem, n_blocks: int, page_size: int, length: int, added: int, num_splits: int, cache_dtype: torch.dtype,
+    there: tuple[bool, ...], sink_dtype: torch.dtype | None, strides: tuple[tuple | None, ...], aligned: bool,
+) -> _Call:  # fmt: skip
+    """The launch of a call; there: which of `_Tensors` are given; aligned: whether its addresses are."""
+    kinds, device = problem.kinds, problem.device
+    heads_kv, packed = problem.heads_kv, problem.seqlen_q * kinds.group
+    target = None if interpreted() else host.target_of(device)
+    sizes = (kinds.dtype.itemsize, cache_dtype.itemsize, max(kinds.head_dim, kinds.head_dim_v))
+    decodes = not kinds.varlen and not kinds.seqused_q and packed <= MAX_ROWS
+    tile = decode_tile(*sizes, packed, target) if decodes else prefill_tile(*sizes, target)
+    constants = [
+        ("GROUP", kinds.group),
+        ("DIM", kinds.head_dim),
+        ("DIM_V", kinds.head_dim_v),
+        ("ROWS", tile.rows),
+        ("TILE_N", tile.n),
+    ]
+    n_parts = n_arrivals = blocks = slots = most = 0
+    if decodes:
+        constants.append(("CHUNK", tile.chunk))
+        pairs = problem.batch * heads_kv
+        most_tiles = _most_tiles(problem, tile.n)
+        most = MAX_CHUNKS
+        slots = num_splits or min(MAX_CHUNKS, triton.cdiv(most_tiles, tile.chunk))
+        n_parts, n_arrivals = pairs * slots * packed * (kinds.head_dim_v + 2), 2 * pairs
+        grid = min(_programs(device, tile.programs), pairs * slots) if packed else 0
+    else:
+        # A sequence may end within a block.
+        blocks = triton.cdiv(packed, tile.rows) * problem.batch
+        if kinds.varlen:
+            blocks = packed // tile.rows + problem.batch
+        grid = blocks * heads_kv
+    constants.append(("PAGE", page_size if kinds.paged else 0))
+    flags = (kinds.dtype, cache_dtype, kinds.window_left, kinds.window_right, kinds.softcap)
+    plan = _plan(attention_decode if decodes else attention_prefill, tile, tuple(constants), flags, device)
+    at_q, at_k, at_v, at_out, at_lse, at_pages, at_k_descale, at_v_descale = strides
+    q_of, k_of, v_of, out_of = map(_rows_of, (at_q, at_k, at_v, at_out))
+    lse_of, k_descale_of, v_descale_of = _statistics_of(at_lse), _descale_of(at_k_descale), _descale_of(at_v_descale)
+    rows_of = (
+        None if at_pages is None else at_pages[0], problem.batch, problem.seqlen_q, problem.seqlen_k, n_blocks, length,
+        added,
+    )  # fmt: skip
+    values = _values(problem)
+    splits_of = (slots, num_splits, most)
+
+    def args(tensors: tuple, parts: Any, arrivals: Any) -> tuple:
+        q, k, v, out, lse, sink, cu_q, used_q, used_k, leftpad, cache, pages, k_descale, v_descale = tensors
+        head = (
+            Strided(q, *q_of), Strided(k, *k_of), Strided(v, *v_of), Strided(out, *out_of), Statistics(lse, *lse_of),
+            sink, Rows(cu_q, used_q, used_k, leftpad, cache, pages, *rows_of), values,
+        )  # fmt: skip
+        descales = (heads_kv, Descale(k_descale, *k_descale_of), Descale(v_descale, *v_descale_of))
+        if decodes:
+            return (*head, Splits(parts, arrivals, *splits_of), *descales)
+        return (*head, blocks, *descales)
+
+    layout = (there, sink_dtype, aligned and _aligned(strides[:4]))
+    return _Call(plan, grid, n_parts, n_arrivals, layout, args)
+
+
+def _attend(problem: Problem, tensors: _Tensors, *rest: Any) -> None:
+    """Launches the attention; rest: as `_call_of` takes it, up to the cache's dtype."""
+    q, k, v, out = tensors[:4]
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
+    strides = (
+        q.stride(), k.stride(), v.stride(), out.stride(), _strides(tensors.lse), _strides(tensors.pages),
+        _strides(tensors.k_descale), _strides(tensors.v_descale),
+    )  # fmt: skip
+    call = _call_of(
+        problem, *rest, tuple([a is not None for a in addresses]), host._dtype(tensors.sink), strides,
+        (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % POINTER_ALIGNMENT == 0,
+    )  # fmt: skip
+    parts = arrivals = None
+    if call.n_arrivals:
+        parts, arrivals = _work_space(call.n_parts, call.n_arrivals, problem.device)
+
+    def arguments(as_addresses: bool) -> tuple:
+        if as_addresses:
+            work = (None, None) if parts is None else (parts.data_ptr(), arrivals.data_ptr())
+            return call.args(addresses, *work)
+        return call.args((q, _bytes(k), _bytes(v), *tensors[3:]), parts, arrivals)
+
+    _launch(call.plan, problem.device, call.grid, arguments, call.layout)
+
+
+def attend_cache(problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: Tensor | None) -> None:
     """Appends, and writes out and lse; arguments as in `Backend.attend_cache`."""
     attend = problem.attend
     q = _plain_last_dim(inputs.q)
-    pages = inputs.page_table
-    if pages is not None and pages.shape[1] and pages.stride(1) != 1:
-        pages = pages.contiguous()
-    rows = Rows(
-        None, None, _index(inputs.cache_seqlens), _index(inputs.cache_leftpad), _index(inputs.cache_batch_idx), pages,
-        None if pages is None else pages.stride(0), None if pages is None else problem.page_size, attend.batch,
-        attend.seqlen_q, problem.capacity, problem.n_blocks, problem.length, problem.appended,
-    )  # fmt: skip
+    used_k, leftpad, cache, sink = (
+        None if t is None else t.contiguous()
+        for t in (inputs.cache_seqlens, inputs.cache_leftpad, inputs.cache_batch_idx, inputs.sink)
+    )
+    pages = None if inputs.page_table is None else _plain_last_dim(inputs.page_table)
     if problem.appended and attend.batch:
-        q = _append(problem, inputs, q, rows)
-    _attend(attend, q, inputs.k_cache, inputs.v_cache, out, lse, inputs.sink, rows, problem.num_splits,
-            inputs.k_descale, inputs.v_descale)  # fmt: skip
-
-
-def _append(problem: CacheProblem, inputs: CacheInputs, q: Tensor, rows: Rows) -> Tensor:
-    """Launches the append; returns the query, rotated where there is a rotary embedding."""
-    attend, kinds, device = problem.attend, problem.attend.kinds, q.device
-    k, v = _plain_last_dim(inputs.k), _plain_last_dim(inputs.v)
-    turned, rotary = None, Rotary(None, None, None, None, None, None)
-    programs = triton.cdiv(problem.appended * attend.heads_kv, APPEND_BLOCK)
-    if problem.rotary_dim:
-        cos, sin = _plain_last_dim(inputs.rotary_cos), _plain_last_dim(inputs.rotary_sin)
-        turned = torch.empty(q.shape, dtype=q.dtype, device=device)
-        rotary = Rotary(cos, sin, cos.stride(0), sin.stride(0), cos.shape[0], int(problem.consecutive))
-        programs += triton.cdiv(attend.seqlen_q * attend.heads_q, APPEND_BLOCK)
-    none = Strided(None, None, None, None, None)
-    aligned = all(map(is_aligned, (q, k, v, inputs.k_cache, inputs.v_cache)))
-    args = (
-        host._rows(q) if turned is not None else none, none if turned is None else host._rows(turned), host._rows(k),
-        host._rows(v), _cache(inputs.k_cache), _cache(inputs.v_cache), rows, rotary, attend.heads_q, attend.heads_kv,
-        _descale(inputs.k_descale), _descale(inputs.v_descale),
+        q = _append(problem, inputs, q, used_k, leftpad, cache, pages)
+    tensors = _Tensors(
+        q, inputs.k_cache, inputs.v_cache, out, lse, sink, None, None, used_k, leftpad, cache, pages, inputs.k_descale,
+        inputs.v_descale,
     )  # fmt: skip
-    kinds_of = (kinds.dtype, problem.cache_dtype, kinds.paged)
-    plan = _append_plan(kinds.head_dim, kinds.head_dim_v, problem.rotary_dim, problem.rotary_interleaved, kinds_of,
-                        device)  # fmt: skip
-    layout = (
-        rows.used_k is None, rows.leftpad is None, rows.cache is None, inputs.k_descale is None,
-        inputs.v_descale is None, rotary.cos is None or rotary.cos.dtype, aligned,
-    )  # fmt: skip
-    _launch(append_rows, plan, device, programs * attend.batch, args, layout)
-    return q if turned is None else turned
+    _attend(attend, tensors, problem.n_blocks, problem.page_size, problem.length, problem.appended, problem.num_splits,
+            problem.cache_dtype)  # fmt: skip
 
 
 def paged_forward(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Returns out and lse of a call with a page_table; arguments and results as in `Backend.forward`."""
-    kinds, device = problem.kinds, inputs.q.device
-    k = inputs.k
+    kinds, device, k = problem.kinds, inputs.q.device, inputs.k
     # Rows that take no part are not visited.
     partial = kinds.varlen or kinds.seqused_q
     out = (torch.zeros if partial else torch.empty)(problem.out_shape, dtype=kinds.dtype, device=device)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)
     if partial:
         lse.fill_(float("-inf"))
-    rows = Rows(
-        inputs.cu_seqlens_q, inputs.seqused_q, inputs.seqused_k, None, None, inputs.page_table,
-        inputs.page_table.stride(0), k.shape[1], problem.batch, problem.seqlen_q, problem.seqlen_k, k.shape[0], 0, 0,
+    tensors = _Tensors(
+        inputs.q, k, inputs.v, out, lse, inputs.sink, inputs.cu_seqlens_q, inputs.seqused_q, inputs.seqused_k, None,
+        None, inputs.page_table, None, None,
     )  # fmt: skip
-    _attend(problem, inputs.q, k, inputs.v, out, lse, inputs.sink, rows, 1 if kinds.varlen else 0, None, None)
+    _attend(problem, tensors, k.shape[0], k.shape[1], 0, 0, 0, k.dtype)
     return out, lse
 
 
-def _attend(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink: Tensor | None, rows: Rows,
-    num_splits: int, k_descale: Tensor | None, v_descale: Tensor | None,
-) -> None:  # fmt: skip
-    kinds, device = problem.kinds, q.device
-    packed = problem.seqlen_q * kinds.group
-    flags = (kinds.paged, kinds.window_left, kinds.window_right, kinds.softcap, kinds.sink, kinds.varlen)
-    plan = _decode_plan(kinds.dtype, k.dtype, kinds.head_dim, kinds.head_dim_v, kinds.group,
-                        min(packed, MAX_ROWS), flags, device)  # fmt: skip
-    tile = plan.tile
-    heads_kv = problem.heads_kv
-    if kinds.varlen:
-        blocks = packed // tile.rows + problem.batch
-        pairs = blocks * heads_kv
-    else:
-        blocks = triton.cdiv(packed, tile.rows)
-        pairs = blocks * heads_kv * problem.batch
-    programs = _programs(device, tile.programs)
-    if num_splits == 1 or (num_splits == 0 and blocks > 1):
-        # Enough rows to share; by default such a row is not split, whatever its company.
-        splits = Splits(None, None, None, None, None)
-        programs = pairs if blocks > 1 else min(programs, pairs)
-    else:
-        most = _most_tiles(problem, tile.n)
-        slots = num_splits or max(1, min(MAX_SPLITS, triton.cdiv(most, tile.chunk)))
-        work = torch.empty(pairs * slots * tile.rows * (kinds.head_dim_v + 1), dtype=torch.float32, device=device)
-        at = pairs * slots * tile.rows * kinds.head_dim_v
-        splits = Splits(work[:at], work[at:], _arrival_counters(pairs, device), num_splits, slots)
-        programs = min(programs, pairs * slots)
-    aligned = all(map(is_aligned, (q, k, v, out)))
-    args = (
-        host._rows(q), _cache(k), _cache(v), host._rows(out), host._statistics(lse), sink, rows, _values(problem),
-        splits, heads_kv, _descale(k_descale), _descale(v_descale),
+def _append(
+    problem: CacheProblem, inputs: CacheInputs, q: Tensor, used_k: Tensor | None, leftpad: Tensor | None,
+    cache: Tensor | None, pages: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Launches the append; returns the query, rotated where there is a rotary embedding."""
+    attend, kinds, device = problem.attend, problem.attend.kinds, q.device
+    k, v = _plain_last_dim(inputs.k), _plain_last_dim(inputs.v)
+    turned, cos, sin = None, None, None
+    rotary_of = (None, None, None, None)
+    programs = triton.cdiv(problem.appended * attend.heads_kv, APPEND_TILE.rows)
+    if problem.rotary_dim:
+        cos, sin = _plain_last_dim(inputs.rotary_cos), _plain_last_dim(inputs.rotary_sin)
+        turned = torch.empty(q.shape, dtype=q.dtype, device=device)
+        rotary_of = (cos.stride(0), sin.stride(0), cos.shape[0], int(problem.consecutive))
+        programs += triton.cdiv(attend.seqlen_q * attend.heads_q, APPEND_TILE.rows)
+    tensors = (
+        q if problem.rotary_dim else None, turned, k, v, inputs.k_cache, inputs.v_cache, used_k, leftpad, cache, pages,
+        cos, sin, inputs.k_descale, inputs.v_descale,
     )  # fmt: skip
-    layout = (
-        rows.cu_q is None, rows.used_q is None, rows.used_k is None, rows.leftpad is None, rows.cache is None,
-        splits.out is None, host._dtype(sink), k_descale is None, v_descale is None, aligned,
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
+    strides = [_strides(t) for t in tensors[:6]]
+    rows_of = (
+        None if pages is None else pages.stride(0), attend.batch, attend.seqlen_q, problem.capacity, problem.n_blocks,
+        problem.length, problem.appended,
     )  # fmt: skip
-    _launch(attention_decode, plan, device, programs, args, layout)
+
+    def arguments(as_addresses: bool) -> tuple:
+        if as_addresses:
+            given = addresses
+        else:
+            given = (*tensors[:4], _bytes(inputs.k_cache), _bytes(inputs.v_cache), *tensors[6:])
+        *rows, used_k, leftpad, cache, pages, cos, sin, k_descale, v_descale = given
+        return (
+            *(Strided(t, *_rows_of(s)) for t, s in zip(rows, strides)),
+            Rows(None, None, used_k, leftpad, cache, pages, *rows_of), Rotary(cos, sin, *rotary_of), attend.heads_q,
+            attend.heads_kv, Descale(k_descale, *_descale_of(_strides(inputs.k_descale))),
+            Descale(v_descale, *_descale_of(_strides(inputs.v_descale))),
+        )  # fmt: skip
+
+    constants = (
+        ("DIM", kinds.head_dim),
+        ("DIM_V", kinds.head_dim_v),
+        ("ROTARY", problem.rotary_dim),
+        ("INTERLEAVED", problem.rotary_interleaved),
+        ("BLOCK", APPEND_TILE.rows),
+        ("PAGE", problem.page_size if kinds.paged else 0),
+    )
+    plan = _plan(append_rows, APPEND_TILE, constants, (kinds.dtype, problem.cache_dtype), device)
+    aligned = all(a is None or a % POINTER_ALIGNMENT == 0 for a in addresses[:6]) and _aligned(tuple(strides))
+    layout = (tuple([a is not None for a in addresses]), host._dtype(cos), aligned)
+    _launch(plan, device, programs * attend.batch, arguments, layout)
+    return q if turned is None else turned

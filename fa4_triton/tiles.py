@@ -94,18 +94,26 @@ def tile_for(kernel: str, kinds: Kinds, target: GPUTarget | None) -> Tile:
 
 
 class DecodeTile(NamedTuple):
-    """Query rows and keys of a decode tile, warps and stages, programs of a multiprocessor, tiles of a chunk."""
+    """Query rows and keys of a tile of the kernels for KV caches, warps and stages of a program.
+
+    programs: that share a multiprocessor in the decode kernel. chunk: tiles of its smallest chunk.
+    """
 
     rows: int
     n: int
     warps: int
     stages: int
-    programs: int
-    chunk: int
+    programs: int = 0
+    chunk: int = 0
 
 
 MAX_ROWS = 64
-"""Query rows that one decode tile holds at most."""
+"""Query rows that one decode tile holds at most; more of them are the prefill kernel's."""
+
+
+def _cache_stages(n: int, dim: int, itemsize: int, kib: int) -> int:
+    """Stages whose tiles of keys and values fit into `kib` of shared memory, 4 at most."""
+    return max(1, min(4, kib * 1024 // (2 * n * max(64, 1 << (dim - 1).bit_length()) * itemsize)))
 
 
 def decode_tile(itemsize: int, cache_itemsize: int, dim: int, rows: int, target: GPUTarget | None) -> DecodeTile:
@@ -114,11 +122,19 @@ def decode_tile(itemsize: int, cache_itemsize: int, dim: int, rows: int, target:
     itemsize, cache_itemsize: bytes of an element of q and of the cache. dim: the larger head dimension. rows: query
     rows of a sequence times the heads that share a KV head. A target of None is Triton's interpreter.
     """
-    packed = max(16, min(MAX_ROWS, 1 << (rows - 1).bit_length()))
+    packed = max(16, 1 << (rows - 1).bit_length())
     if target is None:
         return DecodeTile(packed, 16, 4, 1, 1, 2)
-    kib = SHARED_MEMORY[family_of(target)] // 2  # two programs share a multiprocessor
     n = 64 if itemsize == 2 else 32
-    stage = 2 * n * max(64, dim) * cache_itemsize
-    stages = max(1, min(4, (kib - 16) * 1024 // stage))
-    return DecodeTile(packed, n, 4, stages, 2, 8)
+    # Two programs share a multiprocessor; the query's tiles, P and what the compiler adds take some of the memory.
+    kib = SHARED_MEMORY[family_of(target)] // 2 - 8 - packed * dim * itemsize * 4 // 1024
+    return DecodeTile(packed, n, 4, _cache_stages(n, dim, cache_itemsize, kib), programs=2, chunk=8)
+
+
+def prefill_tile(itemsize: int, cache_itemsize: int, dim: int, target: GPUTarget | None) -> DecodeTile:
+    """The tile of the prefill kernel; arguments as for `decode_tile`."""
+    if target is None:
+        return DecodeTile(32, 16, 4, 1)
+    rows, n = (64, 64) if itemsize == 2 and dim <= 128 else (32, 32)
+    kib = SHARED_MEMORY[family_of(target)] // 2 - 8 - rows * (dim + n) * itemsize // 1024
+    return DecodeTile(rows, n, 4, _cache_stages(n, dim, cache_itemsize, kib))
