@@ -186,7 +186,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        out, lse = _below_autograd(*args)
+        return _Attention.saved(ctx, args, *_below_autograd(*args))
+
+    @staticmethod
+    def saved(ctx, args, out, lse):
+        """Keeps what the backward needs, and passes the results on."""
         ctx.set_materialize_grads(False)
         values_at = _N_TENSORS + 2
         ctx.save_for_backward(out, lse, *args[:_N_TENSORS], args[values_at])
@@ -209,6 +213,14 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, dsink if tensors[3] is not None else None, *nothing
 
 
+class _PlainAttention(_Attention):
+    """`_Attention` for a call that is known to be plain."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        return _Attention.saved(ctx, args, *_forward(*args))
+
+
 class _Once(torch.autograd.Function):
     """Passes gradients through and raises when they are differentiated.
 
@@ -225,8 +237,10 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("attention: its gradients cannot be differentiated again")
 
 
-def _needs_grad(*args) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
+def _needs_grad(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *_) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return q.requires_grad or k.requires_grad or v.requires_grad or (sink is not None and sink.requires_grad)
 
 
 def _differentiable(*args):
@@ -245,13 +259,15 @@ def _is_plain(*tensors: Tensor | None) -> bool:
 
     The dispatcher would then only come back here, at some 10 microseconds a visit.
     """
+    for t in tensors:
+        if t is not None and not (type(t) in _PLAIN and (t.is_cuda or t.is_cpu)):
+            return False
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._is_torch_function_mode_enabled()
         and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
         and not torch._C._is_any_autocast_enabled()
-        and all(t is None or (type(t) in _PLAIN and (t.is_cuda or t.is_cpu)) for t in tensors)
     )
 
 
@@ -262,7 +278,7 @@ def attention(*args):
     """`torch.ops.fa4.attention`, called without the dispatcher where only autograd would take part."""
     if not _is_plain(*args[:_N_TENSORS]):
         return torch.ops.fa4.attention(*args)
-    return _Attention.apply(*args) if _needs_grad(*args) else _forward(*args)
+    return _PlainAttention.apply(*args) if _needs_grad(*args) else _forward(*args)
 
 
 def autocast(inputs: Inputs) -> Inputs:

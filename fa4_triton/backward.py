@@ -152,7 +152,9 @@ def add_queries(
     TILE_N: tl.constexpr = k_tile.shape[0]
     D: tl.constexpr = k_tile.shape[1]
     DV: tl.constexpr = v_tile.shape[1]
-    for i in range(begin, end):
+    # At most one tile is partial: nothing to pipeline.
+    STAGES: tl.constexpr = 1 if PARTIAL else None
+    for i in tl.range(begin, end, num_stages=STAGES):
         first = i * TILE_M
         row = first + tl.arange(0, TILE_M)
         q_tile = load_zeroed(q, span_q, head_q, first, PARTIAL, TILE_M, DIM, D)
@@ -247,7 +249,9 @@ def add_keys(
     """Adds the key tiles begin to end to dq_acc; MASKED and PARTIAL as in `add_queries`, of keys."""
     D: tl.constexpr = q_tile.shape[1]
     DV: tl.constexpr = do_tile.shape[1]
-    for i in range(begin, end):
+    # At most one tile is partial: nothing to pipeline.
+    STAGES: tl.constexpr = 1 if PARTIAL else None
+    for i in tl.range(begin, end, num_stages=STAGES):
         first = i * TILE_N
         key = first + tl.arange(0, TILE_N)
         k_tile = load_zeroed(k, span_k, head_kv, first, PARTIAL, TILE_N, DIM, D)
