@@ -194,11 +194,8 @@ class GlobalRaces:
             cell = int(cells[row, column])
             other = int(before.line[cell])
             offset = allocation.aligned + cell * self.cell_bytes - allocation.address
-            self.log.add(
-                KIND,
-                line,
-                other,
-                f"line {line} {doing} byte {offset} of {allocation.name}, {done} at line {other} in cluster "
-                f"{before.cluster[cell]}, with which CTA {warps[rows[row]].cta.ctaid} warp {warps[rows[row]].index} has "
-                "not synchronised",
-            )
+            warp = warps[rows[row]]
+            self.log.add(KIND, line, other,
+                         f"line {line} {doing} byte {offset} of {allocation.name}, {done} at line {other} in cluster "
+                         f"{before.cluster[cell]}, with which CTA {warp.cta.ctaid} warp {warp.index} has not "
+                         "synchronised")  # fmt: skip

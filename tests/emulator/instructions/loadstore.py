@@ -456,8 +456,10 @@ def copy_async(i, program):
                 cells = shadow.spans(access.offsets[mine][:, None], size).reshape(1, -1)
                 slot = np.array([frame.cluster.actors.copy(warp.id)])
                 shadow.write(cells, slot, np.array([op.stamp]), warp.clock[None], i.line, "cp.async", True)
-                machine.global_races.bulk(warp, int(slot[0]), op.stamp, source[mine], size, i.line, "cp.async",
-                                          write=False)  # fmt: skip
+                reads = mine & (given > 0)  # a lane that only fills with zeros may hold any address
+                if reads.any():
+                    machine.global_races.bulk(warp, int(slot[0]), op.stamp, source[reads], int(given[reads].min()),
+                                              i.line, "cp.async", write=False)  # fmt: skip
             warp.tick()
         view, index = access.cta.shared_views[size], access.offsets // size
 
