@@ -1,35 +1,67 @@
-"""Backend `cute`: hand-tuned CuTe DSL kernels for single architectures.
+"""Backend `cute`: hand-tuned CuTe DSL kernels for single architectures: SM90 (Hopper) and SM100 (Blackwell).
 
-No kernel is in the tree yet, so the backend declares that it serves nothing, and `explain` says so.
+This file declares what the backend serves and imports no DSL; the kernels load on the first call. The forward is its
+own, the backward is the `triton` backend's, which reads the same output and LSE.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor
 
+from fa4_core import backends
 from fa4_core.backends import Backend, Gradients
 from fa4_core.problem import Inputs, Kinds, Problem
+from fa4_cute import kernels
+
+INSTALL_LINE = "pip install 'fa4-attention[cute]' (CUDA 12) or 'fa4-attention[cute-cu13]' (CUDA 13)"
+
+
+@functools.cache
+def _unavailable(device: torch.device) -> str | None:
+    for package in ("cutlass", "tvm_ffi"):
+        if importlib.util.find_spec(package) is None:
+            return f"needs the package nvidia-cutlass-dsl; install it with: {INSTALL_LINE}"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"runs on NVIDIA GPUs, q is on {device.type}"
+    if kernels.architecture(device) is None:
+        served = ", ".join(f"{major}.{minor}" for major, minor in kernels.ARCHITECTURES)
+        have = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"has kernels for compute capability {served}; the device has {have}"
+    return None
 
 
 class CuteBackend(Backend):
-    """Serves no architecture yet."""
+    """CuTe DSL kernels."""
 
     name = "cute"
+    head_dim_multiple = 8
+    backward_backend = "triton"
 
     def unavailable(self, device: torch.device) -> str | None:
-        return "has no kernel for any architecture yet"
+        return _unavailable(device)
 
     def missing(self, kinds: Kinds, device: torch.device) -> tuple[str, ...]:
-        return ("any problem yet",)
+        arch = kernels.architecture(device)
+        assert arch is not None
+        return kernels.missing(kinds, arch)
 
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("backend 'cute' has no kernel for any architecture yet")
+        from fa4_cute.launch import forward
+
+        return forward(problem, inputs)
 
     def backward(
         self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
     ) -> Gradients:
-        raise NotImplementedError("backend 'cute' has no kernel for any architecture yet")
+        backend = backends.load(self.backward_backend)
+        why = backend.unavailable(problem.device)
+        if why is not None:
+            raise NotImplementedError(f"backend='cute' leaves its backward to {self.backward_backend!r}, which {why}")
+        return backend.backward(problem, inputs, out, lse, dout, dlse)
 
 
 BACKEND = CuteBackend()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 from types import ModuleType
 
@@ -48,3 +49,12 @@ def run_info(dispatch: ModuleType, console: Console | None = None) -> None:
     for name, why in unavailable(device).items():
         table.add_row(name, "[green]available" if why is None else "[yellow]not available", why or "")
     console.print(table)
+    if importlib.util.find_spec("cutlass") is not None:
+        from fa4_cute import cache
+
+        how = (
+            "linked by " + linker
+            if (linker := cache.linker())
+            else "not linked, for want of a C compiler: loads slower"
+        )
+        console.print(f"\ncompiled cute kernels are kept in {cache.folder()}, {how}")

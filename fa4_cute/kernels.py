@@ -1,0 +1,60 @@
+"""Which kernel serves which architecture, and how it is compiled. Imports no DSL until something is compiled."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import astuple
+
+import torch
+
+from fa4_core.problem import Kinds
+from fa4_cute import cache, sm90_config, sm100_config
+
+ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
+"""Compute capability to what kernels are compiled for."""
+
+
+@functools.cache
+def architecture(device: torch.device) -> str | None:
+    """What kernels are compiled for on a CUDA device; None where there is none."""
+    return ARCHITECTURES.get(torch.cuda.get_device_capability(device))
+
+
+def missing(kinds: Kinds, arch: str) -> tuple[str, ...]:
+    """What a problem needs and the architecture's forward lacks; empty where it serves."""
+    return sm90_config.missing(kinds) if arch == "sm_90a" else sm100_config.missing(kinds)
+
+
+@functools.cache
+def config(kinds: Kinds, arch: str) -> sm90_config.Sm90Config | sm100_config.Sm100Config:
+    """The tiles and budgets of a kind's forward."""
+    if arch == "sm_90a":
+        return sm90_config.config_for(kinds)
+    capability = next(capability for capability, name in ARCHITECTURES.items() if name == arch)
+    return sm100_config.config_for(kinds, capability)
+
+
+def item_rows(kinds: Kinds, arch: str) -> int:
+    """Query rows of a work item."""
+    chosen = config(kinds, arch)
+    return chosen.tile_m if isinstance(chosen, sm90_config.Sm90Config) else chosen.rows
+
+
+def forward(kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool, arch: str) -> Callable[..., None]:
+    """A kind's compiled forward, from the cache or compiled now (some seconds); arguments as `params` lists them."""
+    key = f"forward {arch} {astuple(kinds)} {sink_dtype} {counted}"
+    return cache.get(key, functools.partial(_compile_forward, kinds, sink_dtype, counted, arch))
+
+
+def _compile_forward(kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool, arch: str) -> Callable[..., None]:
+    import cutlass.cute as cute
+
+    from fa4_cute.params import fake_arguments
+
+    module, name = ("sm90_forward", "Sm90Forward") if arch == "sm_90a" else ("sm100_forward", "Sm100Forward")
+    kernel = getattr(importlib.import_module(f"fa4_cute.{module}"), name)
+    host = kernel(kinds, config(kinds, arch), counted)
+    options = f"--enable-tvm-ffi --gpu-arch {arch}"
+    return cute.compile(host, *fake_arguments(kinds, sink_dtype, counted), options=options)

@@ -1,0 +1,127 @@
+"""From a checked problem to a launch: tensors as TMA takes them, the compiled kernel, the memory of the results."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fa4_core import backends
+from fa4_core.problem import Inputs, Kinds, Problem
+from fa4_cute import kernels
+
+ALIGNMENT = 16
+"""Bytes that TMA asks q, k and v to be aligned to, in their base and in every stride."""
+SECTION_BYTES = 32 * 2**20
+"""Keys and values that one section of heads may hold, of the 50 MB of L2 (`schedule`); measured on an H100."""
+LOG2_E = math.log2(math.e)
+
+
+def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns out and lse; arguments and results as in `Backend.forward`.
+
+    counts: for tests, an int32 tensor of lse's shape and a last dimension of 2, which receives for each row that takes
+    part and sees a key the key tiles visited and the rescales skipped.
+    """
+    kinds, device = problem.kinds, problem.device
+    out = torch.empty(problem.out_shape, dtype=kinds.dtype, device=device)
+    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)
+    if out.numel() == 0:
+        return out, lse
+    q, k, v = inputs.q, inputs.k, inputs.v
+    if k.numel() == 0:
+        return out.zero_(), _unseen(lse, problem, inputs)
+    sink = inputs.sink
+    kernel = _kernel(kinds, None if sink is None else sink.dtype, counts is not None, device)
+    arguments = (
+        _aligned(q), _aligned(k), _aligned(v), out, lse, sink, inputs.cu_seqlens_q, inputs.cu_seqlens_k,
+        inputs.seqused_q, inputs.seqused_k, *_numbers(problem), _counter(kinds, device), counts,
+    )  # fmt: skip
+    if torch.cuda.current_device() == device.index:
+        kernel(*arguments)
+    else:
+        with torch.cuda.device(device):
+            kernel(*arguments)
+    return out, lse
+
+
+def _unseen(lse: Tensor, problem: Problem, inputs: Inputs) -> Tensor:
+    """The LSE of a call without keys: the sink's logit in rows that take part, else -inf."""
+    lse.copy_(backends.load("reference").forward(problem, inputs)[1])
+    return lse
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernel(kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool, device: torch.device) -> Callable[..., None]:
+    """The compiled kernel; kept a device, since a loaded kernel may belong to the device it was first launched on."""
+    with torch.cuda.device(device):
+        return kernels.forward(kinds, sink_dtype, counted, _architecture(device))
+
+
+def _architecture(device: torch.device) -> str:
+    arch = kernels.architecture(device)
+    assert arch is not None
+    return arch
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a packed copy where TMA could not read it as it lies."""
+    elements = ALIGNMENT // tensor.element_size()
+    if tensor.data_ptr() % ALIGNMENT == 0 and all(s > 0 and s % elements == 0 for s in tensor.stride()[:-1]):
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+@functools.lru_cache(maxsize=1024)
+def _numbers(problem: Problem) -> tuple[float | int | None, ...]:
+    """scale_log2, capped_scale, the windows, the threshold, the section and the blocks to launch."""
+    kinds = problem.kinds
+    scale, capped = problem.softmax_scale * LOG2_E, None
+    if kinds.softcap:
+        scale, capped = problem.softcap * LOG2_E, problem.softmax_scale / problem.softcap
+    sms = torch.cuda.get_device_properties(problem.device).multi_processor_count
+    rows = kernels.item_rows(kinds, _architecture(problem.device))
+    if kinds.varlen:
+        tiles, items = 1, (problem.seqlen_q // rows + problem.batch) * problem.heads_q
+    else:
+        tiles = -(-problem.seqlen_q // rows)
+        items = tiles * problem.heads_q * problem.batch
+    return (
+        scale,
+        capped,
+        problem.window_left if kinds.window_left else None,
+        problem.window_right if kinds.window_right else None,
+        float(problem.rescale_threshold),
+        _section(problem, tiles, sms),
+        min(sms, items),
+    )
+
+
+def _section(problem: Problem, tiles: int, sms: int) -> int:
+    """Heads side by side in the longest-first order: enough to occupy the device twice over, or once if L2 is small."""
+    kinds = problem.kinds
+    once = -(-sms // tiles)
+    size = problem.seqlen_k * (kinds.head_dim + kinds.head_dim_v) * kinds.dtype.itemsize // kinds.group
+    wanted = 2 * once if 2 * once * size <= SECTION_BYTES else once
+    return min(wanted, problem.heads_q * problem.batch)
+
+
+def _counter(kinds: Kinds, device: torch.device) -> Tensor | None:
+    """The counter that items are drawn from where they differ in length, zeros.
+
+    A launch leaves it as it found it, and launches on one stream follow one another, so a stream has one. A CUDA graph
+    gets one of its own, since it may run on any stream beside others.
+    """
+    if not (kinds.varlen or kinds.seqused_q or kinds.seqused_k or kinds.window_left or kinds.window_right):
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    return _stream_counter(device, torch._C._cuda_getCurrentRawStream(device.index))
+
+
+@functools.lru_cache(maxsize=256)
+def _stream_counter(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(2, dtype=torch.int32, device=device)

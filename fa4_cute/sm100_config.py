@@ -1,0 +1,209 @@
+"""The one table of the SM100 forward: tiles, tensor memory, shared memory, registers, and the choices among them.
+
+Imports no CUTLASS, so that a dispatcher may ask what the kernel serves. Source: PTX ISA 8.8, 9.7.16 (tensor memory: 512
+columns of 128 lanes, 4 bytes each) and 9.7.19.5 (setmaxnreg); CUDA C++ Programming Guide, compute capability 10.0 (227
+KiB of shared memory a block, 65,536 registers an SM).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fa4_core.problem import Kinds
+
+TMEM_COLUMNS = 512
+SHARED_BYTES = 227 * 1024
+REGISTERS = 65536
+WARP = 32
+FRAGMENT = 32
+"""Columns of a row that are exponentiated, converted and stored to P at a time."""
+
+SOFTMAX_WARPS = 4
+"""Warps of one softmax warpgroup: warps 0 to 3 work on Q tile 0, 4 to 7 on Q tile 1."""
+CORRECTION_WARPS = 4
+FIRST_CORRECTION_WARP = 8
+MMA_WARP = 12
+STORE_WARP = 13
+LOAD_WARP = 14
+WARPS = 16
+"""The last one is the scheduler's."""
+
+HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128))
+"""(head_dim, head_dim_v) that kernels are made for; others are padded with zeros to the first pair that holds them."""
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+def padded(head_dim: int, head_dim_v: int) -> tuple[int, int] | None:
+    """The pair of `HEAD_DIMS` that holds (head_dim, head_dim_v), or None."""
+    return next((pair for pair in HEAD_DIMS if head_dim <= pair[0] and head_dim_v <= pair[1]), None)
+
+
+def missing(kinds: Kinds) -> tuple[str, ...]:
+    """What a problem needs and the SM100 forward lacks; empty where it serves."""
+    lacks = []
+    if kinds.dtype not in DTYPES:
+        lacks.append(f"dtype {kinds.dtype}")
+    if padded(kinds.head_dim, kinds.head_dim_v) is None:
+        lacks.append(f"head_dim {kinds.head_dim} with head_dim_v {kinds.head_dim_v} (up to 128, and 192 with 128)")
+    if kinds.paged:
+        lacks.append("paged KV (page_table)")
+    return tuple(lacks)
+
+
+@dataclass(frozen=True)
+class Exp2Share:
+    """Which of a row's exponentials the FMA units compute, by column within a fragment of 32 columns.
+
+    Of each `period` columns the last `emulated` are, in the fragments `first` to `last` (exclusive); period 0: none. The
+    last fragment stays with the special-function units: nothing is left to overlap with there.
+    """
+
+    period: int = 0
+    emulated: int = 4
+    first: int = 1
+    last: int = 3
+
+    def holds(self, fragment: int, column: int) -> bool:
+        """Whether the pair of columns `column` and `column + 1` of a fragment is emulated."""
+        if self.period == 0 or not self.first <= fragment < self.last:
+            return False
+        return column % self.period >= self.period - self.emulated
+
+    def fraction(self, columns: int) -> float:
+        """The part of a row of so many columns that is emulated."""
+        pairs = [(f, c) for f in range(columns // FRAGMENT) for c in range(0, FRAGMENT, 2)]
+        return sum(self.holds(*pair) for pair in pairs) / len(pairs)
+
+
+@dataclass(frozen=True)
+class Sm100Config:
+    """What one compiled kernel is laid out for; refuses what does not fit.
+
+    head_dim, head_dim_v: padded. share: the part of the exponentials that FMA units compute. p_first: columns of P that
+    are handed to the tensor cores before the rest is computed. registers_*: of a thread, by role.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    share: Exp2Share = Exp2Share()
+    p_first: int = 96
+    registers_softmax: int = 192
+    registers_correction: int = 80
+    registers_other: int = 48
+    tile_m: int = 128
+    tile_n: int = 128
+    q_tiles: int = 2
+
+    def __post_init__(self) -> None:
+        if (self.head_dim, self.head_dim_v) not in HEAD_DIMS:
+            raise ValueError(f"head dims {self.head_dim}, {self.head_dim_v}: accepted are {HEAD_DIMS}")
+        if self.o_columns[-1] + self.head_dim_v > TMEM_COLUMNS:
+            raise ValueError(f"tensor memory: {self.o_columns[-1] + self.head_dim_v} of {TMEM_COLUMNS} columns")
+        if self.p_first % FRAGMENT or not 0 < self.p_first < self.tile_n:
+            raise ValueError(f"p_first: got {self.p_first}, accepted are 32, 64 and 96")
+        if self.kv_slots < 2:
+            raise ValueError(f"shared memory: {self.kv_slots} slots for K and V, at least 2 are needed")
+        if self.shared_bytes > SHARED_BYTES:
+            raise ValueError(f"shared memory: {self.shared_bytes} of {SHARED_BYTES} bytes")
+        registers = (self.registers_softmax, self.registers_correction, self.registers_other)
+        used = WARP * (2 * SOFTMAX_WARPS * registers[0] + CORRECTION_WARPS * registers[1] + 4 * registers[2])
+        if used > REGISTERS:
+            raise ValueError(f"registers: {used} of {REGISTERS}")
+        if any(count % 8 for count in registers):
+            raise ValueError(f"registers: got {registers}, setmaxnreg takes multiples of 8")
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a work item."""
+        return self.q_tiles * self.tile_m
+
+    # Tensor memory, in columns of 32 bits. P lies in the second half of S: it is written when S has been read.
+    @property
+    def s_columns(self) -> tuple[int, ...]:
+        """First column of S, one for each Q tile."""
+        return tuple(self.tile_n * i for i in range(self.q_tiles))
+
+    @property
+    def p_offset(self) -> int:
+        """Columns from S to P of the same Q tile."""
+        return self.tile_n // 2
+
+    @property
+    def o_columns(self) -> tuple[int, ...]:
+        """First column of O, one for each Q tile."""
+        return tuple(self.tile_n * self.q_tiles + self.head_dim_v * i for i in range(self.q_tiles))
+
+    # Shared memory, in bytes. K and V share the slots of one ring. Where Q leaves too little room, O is staged in its place.
+    @property
+    def q_bytes(self) -> int:
+        """One Q tile."""
+        return self.tile_m * self.head_dim * 2
+
+    @property
+    def o_bytes(self) -> int:
+        """One O tile."""
+        return self.tile_m * self.head_dim_v * 2
+
+    @property
+    def k_bytes(self) -> int:
+        """One K tile."""
+        return self.tile_n * self.head_dim * 2
+
+    @property
+    def v_bytes(self) -> int:
+        """One V tile."""
+        return self.tile_n * self.head_dim_v * 2
+
+    @property
+    def o_replaces_q(self) -> bool:
+        """Whether O is staged where Q was. A work item's Q then waits until the previous one's O is stored."""
+        return self.head_dim > 128
+
+    @property
+    def small_bytes(self) -> int:
+        """Barriers, factors and statistics, rounded up to the alignment of the tiles behind them."""
+        return 4096
+
+    @property
+    def tile_bytes(self) -> int:
+        """Q and O tiles."""
+        return self.q_tiles * (self.q_bytes if self.o_replaces_q else self.q_bytes + self.o_bytes)
+
+    @property
+    def kv_slots(self) -> int:
+        """Slots of the ring of K and V tiles: as many as fit."""
+        return min((SHARED_BYTES - self.small_bytes - self.tile_bytes) // max(self.k_bytes, self.v_bytes), 12)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return self.small_bytes + self.tile_bytes + self.kv_slots * max(self.k_bytes, self.v_bytes)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return WARPS * WARP
+
+    # Arrivals that complete a barrier's phase.
+    @property
+    def softmax_threads(self) -> int:
+        """Threads of one softmax warpgroup."""
+        return SOFTMAX_WARPS * WARP
+
+    @property
+    def correction_threads(self) -> int:
+        """Threads of the correction warpgroup."""
+        return CORRECTION_WARPS * WARP
+
+
+def config_for(kinds: Kinds, capability: tuple[int, int]) -> Sm100Config:
+    """The choice for a problem that `missing` has no objection to (docs/performance.md has the table behind it).
+
+    capability: the device's; 10.3 has twice the special-function rate, so no exponential is emulated there.
+    """
+    pair = padded(kinds.head_dim, kinds.head_dim_v)
+    assert pair is not None
+    share = Exp2Share() if capability >= (10, 3) else Exp2Share(period=16)
+    return Sm100Config(*pair, share)

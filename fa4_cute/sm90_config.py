@@ -1,0 +1,100 @@
+"""What the SM90 forward serves, and its tiles, slots and budgets; imports no DSL, so that it can be asked anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fa4_core.problem import Kinds
+
+WARPGROUP = 128
+"""Threads of a warpgroup."""
+SHARED_LIMIT = 232448
+"""Bytes of shared memory that a block may have on SM90."""
+REGISTERS = 65536
+"""Registers of an SM."""
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+def missing(kinds: Kinds) -> tuple[str, ...]:
+    """What a problem needs and the SM90 forward lacks; empty where it serves."""
+    lacks = []
+    if kinds.dtype not in DTYPES:
+        lacks.append(f"dtype {kinds.dtype}")
+    if kinds.paged:
+        lacks.append("paged KV (page_table)")
+    return tuple(lacks)
+
+
+@dataclass(frozen=True)
+class Sm90Config:
+    """Tiles, slots and budgets of one kernel; refuses what does not fit.
+
+    head_dim, head_dim_v: what the tiles hold, the problem's dimensions rounded up; the rest is zeros by TMA.
+    warpgroups: consumers, of 64 query rows each. q_slots: 2 overlaps work items; with 1 the output passes through Q's
+    shared memory. turns: whether warpgroups take turns in issuing wgmma.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    tile_n: int
+    warpgroups: int = 2
+    q_slots: int = 2
+    kv_slots: int = 2
+    turns: bool = True
+
+    def __post_init__(self) -> None:
+        if self.shared_bytes > SHARED_LIMIT:
+            raise ValueError(f"{self}: {self.shared_bytes} bytes of shared memory, the limit is {SHARED_LIMIT}")
+        producer, consumer = self.registers
+        if producer + self.warpgroups * consumer > REGISTERS // self.threads // 8 * 8 * (self.warpgroups + 1):
+            raise ValueError(f"{self}: {self.registers} registers a thread are more than the block is launched with")
+        if self.q_slots == 1 and self.head_dim_v > self.head_dim:
+            raise ValueError(f"{self}: the output does not fit where Q was")
+        if self.tile_n % 16:
+            raise ValueError(f"{self}: tile_n has to be a multiple of 16, the depth of a wgmma")
+
+    @property
+    def tile_m(self) -> int:
+        """Query rows of a block."""
+        return 64 * self.warpgroups
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the consumers and the warpgroup of the load and scheduler warps."""
+        return WARPGROUP * (self.warpgroups + 1)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers a thread of the load and scheduler warps, and of a consumer.
+
+        They share what the block is launched with: an SM's registers over its threads, rounded down to a multiple of 8.
+        """
+        return {1: (56, 240), 2: (40, 232), 3: (32, 160)}[self.warpgroups]
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory: Q, K, V, O where it has room of its own, and 2 KB for barriers, items and alignment."""
+        q = self.q_slots * self.tile_m * self.head_dim
+        out = self.tile_m * self.head_dim_v if self.q_slots > 1 else 0
+        kv = self.kv_slots * self.tile_n * (self.head_dim + self.head_dim_v)
+        return 2 * (q + out + kv) + 2048
+
+
+def config_for(kinds: Kinds) -> Sm90Config:
+    """The frozen choice by head dimensions (docs/performance.md has the measurements)."""
+    head_dim, head_dim_v = _padded(kinds.head_dim), _padded(kinds.head_dim_v)
+    if head_dim <= 64 and head_dim_v <= 64:
+        return Sm90Config(64, 64, tile_n=128, warpgroups=3, kv_slots=3)
+    if head_dim <= 128 and head_dim_v <= 128:
+        return Sm90Config(head_dim, head_dim_v, tile_n=128)
+    if head_dim <= 192 and head_dim_v <= 128:
+        return Sm90Config(192, head_dim_v, tile_n=128, q_slots=1)
+    if head_dim <= 192 and head_dim_v <= 192:
+        return Sm90Config(192, 192, tile_n=112, q_slots=1)
+    return Sm90Config(256, 256, tile_n=80, q_slots=1, turns=False)
+
+
+def _padded(head_dim: int) -> int:
+    return next(size for size in (64, 96, 128, 192, 256) if head_dim <= size)

@@ -1,0 +1,832 @@
+"""Attention forward for SM90 (Hopper): warp-specialised, persistent, exact.
+
+Roles, one block of `warpgroups + 1` warpgroups per SM:
+
+- scheduler (warp 1): walks the schedule and publishes the work items; writes the zeros of query tiles that see no key;
+- load (warp 0): brings each item's Q, K and V by TMA;
+- consumers (the other warpgroups): 64 query rows each; S = Q K^T and O += P V by wgmma, P from registers.
+
+Rings (arrivals that complete a slot's full / empty barrier): items (the scheduler / every other warp), Q, K and V
+(TMA bytes / every consumer warp).
+
+A consumer's steady state, over the key tiles n of an item from the right to the left, the order in which wgmma groups
+are issued being `Q K(n)`, `P V(n + 1)`:
+
+    tensor cores   | Q K(n)   P V(n+1) |  (the other warpgroup's)  | Q K(n-1)   P V(n) |
+    this warpgroup | issue  wait S(n) -> softmax of n -> wait O -> rescale O, P to 16 bits | issue ...
+
+Warpgroups take turns to issue (named barriers), so the tensor cores work for one while another is in its softmax. With
+two Q slots an item's last `P V` is issued together with the first `Q K^T` of the next item, whose scores stay in
+registers during the epilogue: the tensor cores see no seam between items.
+
+O is rescaled only if a row of the warp moved its pivot (`softmax.follow_max`), which on most tiles none does.
+
+Names: `m` a tensor in global memory, `s` in shared memory, `r` in registers, `t` partitioned for a thread or warpgroup;
+`acc_s`, `acc_o` are accumulators, in which element `c + 2 r + 4 j` of a thread is row `8 r` and column `8 j + c` after
+its own first one.
+
+Source: Shah et al., "FlashAttention-3" (2024), sections 3.1 and 3.2; Zadouri et al., "FlashAttention-4" (2026), on
+conditional rescaling; PTX ISA 9.0, sections on wgmma, mbarrier and cp.async.bulk.tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync, warp, warpgroup
+
+from fa4_core.problem import Kinds
+from fa4_cute.params import DTYPES, Values, by_head, drawn, statistic_by_head
+from fa4_cute.pipelines import Ring
+from fa4_cute.ranges import Span, Window, key_span, visible_keys
+from fa4_cute.schedule import (
+    Extent,
+    Lengths,
+    Schedule,
+    Sequence,
+    WorkItem,
+    draw,
+    retire,
+    sequence_of,
+    start,
+    take,
+)
+from fa4_cute.sm90_config import WARPGROUP, Sm90Config, config_for
+from fa4_cute.softmax import LOG2_E, finish, follow_max, rescale_factor, subtrahend
+
+TURN_BARRIER = 1
+"""First of the named barriers by which warpgroups take turns; barrier 0 is the block's."""
+EPILOGUE_BARRIER = 5
+RAGGED_BARRIER = 9
+ITEM_WORDS = 13
+ITEM_ROOM = 16
+
+
+class _Item(NamedTuple):
+    """A published work item, as consumers read it."""
+
+    valid: Boolean
+    work: WorkItem
+    sequence: Sequence
+    span: Span
+
+
+class Sm90Forward:
+    """One compiled kernel's host function and roles.
+
+    counted: for tests, the kernel also writes for each row the key tiles visited and the rescales skipped.
+    """
+
+    def __init__(self, kinds: Kinds, config: Sm90Config | None = None, counted: bool = False) -> None:
+        self.kinds = kinds
+        self.config = config or config_for(kinds)
+        self.counted = counted
+        self.dtype = DTYPES[kinds.dtype]
+        self.overlap_items = self.config.q_slots > 1
+        self.item_slots = 1 if drawn(kinds) else 2
+        self.ragged_k = kinds.varlen or kinds.seqused_k
+        self.ragged_q = kinds.varlen or kinds.seqused_q
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        k: cute.Tensor,
+        v: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        sink: cute.Tensor | None,
+        cu_seqlens_q: cute.Tensor | None,
+        cu_seqlens_k: cute.Tensor | None,
+        seqused_q: cute.Tensor | None,
+        seqused_k: cute.Tensor | None,
+        scale_log2: Float32,
+        capped_scale: Float32 | None,
+        window_left: Int32 | None,
+        window_right: Int32 | None,
+        threshold: Float32,
+        section: Int32,
+        programs: Int32,
+        counter: cute.Tensor | None,
+        counts: cute.Tensor | None,
+        stream,
+    ):
+        """Makes the TMA maps and launches; arguments as `params.fake_arguments` lists them."""
+        config = self.config
+        mQ, mK, mV, mO = by_head(q), by_head(k), by_head(v), by_head(out)
+        mLSE = statistic_by_head(lse)
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        tile_q, tile_k = (config.tile_m, config.head_dim), (config.tile_n, config.head_dim)
+        tile_v, tile_o = (config.tile_n, config.head_dim_v), (64, config.head_dim_v)
+        one = self._shared_layout
+        maps = _Maps(
+            *cpasync.make_tiled_tma_atom(load, mQ, one(tile_q), tile_q),
+            *cpasync.make_tiled_tma_atom(load, mK, one(tile_k), tile_k),
+            *cpasync.make_tiled_tma_atom(load, mV, one(tile_v), tile_v),
+            *cpasync.make_tiled_tma_atom(store, mO, self._output_layout(), tile_o),
+        )
+        batch = mQ.shape[3]
+        if const_expr(cu_seqlens_q is not None):
+            batch = cu_seqlens_q.shape[0] - 1
+        extent = Extent(Int32(batch), mQ.shape[2], mQ.shape[0], mK.shape[0], section)
+        self.kernel(
+            maps,
+            _Outputs(mO, mLSE, counter, counts),
+            sink,
+            Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k),
+            extent,
+            Values(scale_log2, capped_scale, window_left, window_right, threshold),
+        ).launch(grid=[programs, 1, 1], block=[config.threads, 1, 1], stream=stream, min_blocks_per_mp=1)
+
+    def _shared_layout(self, tile: tuple[int, int], slots: int | None = None) -> cute.ComposedLayout:
+        """Row-major tiles in the widest swizzle whose period divides a row."""
+        kinds = warpgroup.SmemLayoutAtomKind
+        width = tile[1] * self.dtype.width
+        kind = next(
+            kind
+            for bits, kind in ((1024, kinds.K_SW128), (512, kinds.K_SW64), (256, kinds.K_SW32))
+            if width % bits == 0
+        )
+        atom = warpgroup.make_smem_layout_atom(kind, self.dtype)
+        if slots is None:
+            return cute.tile_to_shape(atom, tile, order=(0, 1))
+        return cute.tile_to_shape(atom, (*tile, slots), order=(0, 1, 2))
+
+    def _output_layout(self) -> cute.ComposedLayout:
+        """A warpgroup's 64 rows of O in shared memory: on their own, or where its rows of Q were."""
+        config = self.config
+        if self.overlap_items:
+            return self._shared_layout((64, config.head_dim_v))
+        q = self._shared_layout((config.tile_m, config.head_dim))
+        return cute.composition(q, cute.make_layout((64, config.head_dim_v), stride=(1, config.tile_m)))
+
+    @cute.kernel
+    def kernel(
+        self,
+        maps: _Maps,
+        outputs: _Outputs,
+        sink: cute.Tensor | None,
+        lengths: Lengths,
+        extent: Extent,
+        values: Values,
+    ):
+        config = self.config
+        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        consumer_warps = 4 * config.warpgroups
+
+        memory = cutlass.utils.SmemAllocator()
+        slots = config.kv_slots
+        barriers = memory.allocate_array(Int64, 4 + 2 * config.q_slots + 4 * slots)
+        rings = _Rings(
+            items=Ring(barriers, self.item_slots, 1, consumer_warps + 1),
+            q=Ring(barriers + 4, config.q_slots, 1, consumer_warps),
+            k=Ring(barriers + 4 + 2 * config.q_slots, slots, 1, consumer_warps),
+            v=Ring(barriers + 4 + 2 * config.q_slots + 2 * slots, slots, 1, consumer_warps),
+        )
+        layout_q = self._shared_layout((config.tile_m, config.head_dim), config.q_slots)
+        layout_k = self._shared_layout((config.tile_n, config.head_dim), slots)
+        layout_v = self._shared_layout((config.tile_n, config.head_dim_v), slots)
+        s_items = cute.make_tensor(memory.allocate_array(Int32, 2 * ITEM_ROOM), cute.make_layout((ITEM_ROOM, 2)))
+        s_q = memory.allocate_tensor(self.dtype, layout_q.outer, 1024, layout_q.inner)
+        s_k = memory.allocate_tensor(self.dtype, layout_k.outer, 1024, layout_k.inner)
+        s_v = memory.allocate_tensor(self.dtype, layout_v.outer, 1024, layout_v.inner)
+        if const_expr(self.overlap_items):
+            layout_o = self._shared_layout((64, config.head_dim_v), config.warpgroups)
+            s_o = memory.allocate_tensor(self.dtype, layout_o.outer, 1024, layout_o.inner)
+        else:
+            rows = cute.make_layout((64, config.head_dim_v, config.warpgroups), stride=(1, config.tile_m, 64))
+            s_o = cute.composition(s_q[None, None, 0], rows)
+        shared = _Shared(s_items, s_q, s_k, s_v, s_o)
+
+        if warp_index == 0:
+            with cute.arch.elect_one():
+                for ring in rings:
+                    ring.init()
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        producer_registers, consumer_registers = config.registers
+        if warp_index < 4:
+            cute.arch.setmaxregister_decrease(producer_registers)
+            if warp_index == 0:
+                for atom in (maps.q, maps.k, maps.v, maps.out):
+                    cpasync.prefetch_descriptor(atom)
+                self.load(maps, shared, rings)
+            if warp_index == 1:
+                self.schedule(outputs, sink, shared, rings, lengths, extent, values)
+        else:
+            cute.arch.setmaxregister_increase(consumer_registers)
+            self.consume(maps, outputs, sink, shared, rings, values)
+
+    @cute.jit
+    def schedule(self, outputs, sink, shared, rings, lengths, extent, values):
+        """The scheduler warp. Waits on the items' empty barriers and completes their full ones.
+
+        Where items are drawn it draws the next one when the load warp is through with the last, some two tiles before
+        the consumers are: late enough to leave it to a block that is free sooner, early enough to hide the latency.
+        """
+        config = self.config
+        program, _, _ = cute.arch.block_idx()
+        programs, _, _ = cute.arch.grid_dim()
+        longest_first = self.kinds.window_left or self.kinds.window_right
+        order = Schedule(lengths, extent, programs, config.tile_m, longest_first)
+        window = Window(values.window_left, values.window_right)
+        at = rings.items.start()
+        valid, work, place = take(order, start(), program, program)
+        while valid:
+            sequence = sequence_of(work.batch, lengths, extent)
+            first_row = work.tile * config.tile_m
+            last_row = cutlass.min(first_row + config.tile_m, sequence.seqlen_q)
+            span = key_span(first_row, last_row, sequence.seqlen_q, sequence.seqlen_k, window, config.tile_n)
+            if span.begin == span.end or first_row >= sequence.seqlen_q:
+                self._write_unseen(outputs, sink, work, sequence, first_row)
+            else:
+                with cute.arch.elect_one():
+                    self._publish(shared.items, at.index, (Int32(1), *work, *sequence, *span))
+                    rings.items.publish(at)
+                at = rings.items.next(at)
+                rings.items.acquire(at)
+            index = None
+            if const_expr(outputs.counter is not None):
+                index = draw(outputs.counter, programs)
+            valid, work, place = take(order, place, program, index)
+
+        with cute.arch.elect_one():
+            self._publish(shared.items, at.index, (Int32(0),) * ITEM_WORDS)
+            rings.items.publish(at)
+        if const_expr(outputs.counter is not None):
+            retire(outputs.counter, programs)
+        if const_expr(self.kinds.varlen):
+            self._write_past_the_end(outputs, extent, lengths, program, programs)
+
+    @cute.jit
+    def _publish(self, s_items, slot, words):
+        for at in cutlass.range_constexpr(ITEM_WORDS):
+            s_items[at, slot] = words[at]
+
+    @cute.jit
+    def load(self, maps, shared, rings):
+        """The load warp. Waits on the empty barriers of Q, K and V; TMA completes their full ones.
+
+        Loads run ahead of the consumers by the rings' slots: Q of the next item and its first K are on their way while
+        the consumers finish the last tiles of this one. Order of an item: Q, K(end-1), then K(n), V(n+1) to V(begin).
+        """
+        config = self.config
+        items, q_at, k_at, v_at = rings.items.start(), rings.q.start(), rings.k.start(), rings.v.start()
+        item = self._read(shared.items, rings.items, items)
+        while item.valid:
+            work, sequence, span = item.work, item.sequence, item.span
+            head_kv = work.head // self.kinds.group
+            batch = self._batch(work)
+            m_q = cute.domain_offset((sequence.offset_q, 0), maps.m_q[None, None, work.head, batch])
+            m_k = cute.domain_offset((sequence.offset_k, 0), maps.m_k[None, None, head_kv, batch])
+            m_v = cute.domain_offset((sequence.offset_k, 0), maps.m_v[None, None, head_kv, batch])
+            g_q = cute.local_tile(m_q, (config.tile_m, config.head_dim), (work.tile, 0))
+            g_k = cute.local_tile(m_k, (config.tile_n, config.head_dim), (None, 0))
+            g_v = cute.local_tile(m_v, (config.tile_n, config.head_dim_v), (None, 0))
+            t_sq, t_gq = _boxes(maps.q, shared.q, g_q)
+            t_sk, t_gk = _boxes(maps.k, shared.k, g_k)
+            t_sv, t_gv = _boxes(maps.v, shared.v, g_v)
+
+            self._load(rings.q, q_at, maps.q, t_gq, t_sq)
+            q_at = rings.q.next(q_at)
+            self._load(rings.k, k_at, maps.k, t_gk[None, span.end - 1], t_sk)
+            k_at = rings.k.next(k_at)
+            for i in cutlass.range(span.end - span.begin - 1, unroll=1):
+                tile = span.end - 2 - i
+                self._load(rings.k, k_at, maps.k, t_gk[None, tile], t_sk)
+                k_at = rings.k.next(k_at)
+                self._load(rings.v, v_at, maps.v, t_gv[None, tile + 1], t_sv)
+                v_at = rings.v.next(v_at)
+            self._load(rings.v, v_at, maps.v, t_gv[None, span.begin], t_sv)
+            v_at = rings.v.next(v_at)
+            self._release(rings.items, items)
+            items = rings.items.next(items)
+            item = self._read(shared.items, rings.items, items)
+
+    @cute.jit
+    def _batch(self, work):
+        """The batch coordinate of the tensors, which packed ones do not have."""
+        return Int32(0) if const_expr(self.kinds.varlen) else work.batch
+
+    @cute.jit
+    def _load(self, ring, at, atom, source, target):
+        ring.acquire(at)
+        with cute.arch.elect_one():
+            ring.expect(at, self._bytes(target))
+        cute.copy(atom, source, target[None, at.index], tma_bar_ptr=ring.full_barrier(at))
+
+    def _bytes(self, target) -> int:
+        return cute.size(target.shape[0]) * self.dtype.width // 8
+
+    @cute.jit
+    def _write_unseen(self, outputs, sink, work, sequence, first_row):
+        """Output and LSE of a query tile that sees no key: zeros, and -inf or the sink's logit."""
+        lane = cute.arch.lane_idx()
+        batch = self._batch(work)
+        empty = -Float32.inf
+        if const_expr(sink is not None):
+            empty = Float32(sink[work.head])
+        rows = cutlass.min(first_row + self.config.tile_m, sequence.rows_q)
+        for row in cutlass.range(first_row, rows, unroll=1):
+            for column in cutlass.range(lane, self.kinds.head_dim_v, 32, unroll=1):
+                outputs.out[sequence.offset_q + row, column, work.head, batch] = self.dtype(0.0)
+        for row in cutlass.range(first_row + lane, rows, 32, unroll=1):
+            outputs.lse[sequence.offset_q + row, work.head, batch] = empty if row < sequence.seqlen_q else -Float32.inf
+
+    @cute.jit
+    def _write_past_the_end(self, outputs, extent, lengths, program, programs):
+        """Zeros and -inf in the rows after the last sequence, which usually do not exist."""
+        lane = cute.arch.lane_idx()
+        end = Int32(0)
+        if extent.batch > 0:
+            last = sequence_of(extent.batch - 1, lengths, extent)
+            end = last.offset_q + last.rows_q
+        for row in cutlass.range(end + program, extent.seqlen_q, programs, unroll=1):
+            for head in cutlass.range(extent.heads, unroll=1):
+                for column in cutlass.range(lane, self.kinds.head_dim_v, 32, unroll=1):
+                    outputs.out[row, column, head, 0] = self.dtype(0.0)
+                if lane == 0:
+                    outputs.lse[row, head, 0] = -Float32.inf
+
+    @cute.jit
+    def consume(self, maps, outputs, sink, shared, rings, values):
+        """A consumer warpgroup. Waits on the full barriers of every ring and releases their slots, warp by warp.
+
+        Takes turns with the other warpgroups around the issue of its wgmma groups; see the timeline above.
+        """
+        config = self.config
+        thread, _, _ = cute.arch.thread_idx()
+        group = cute.arch.make_warp_uniform(thread // WARPGROUP) - 1
+        mma_s = self._mma(config.tile_n, rows_from_registers=False)
+        mma_o = self._mma(config.head_dim_v, rows_from_registers=True)
+        part_s, part_o = mma_s.get_slice(group * WARPGROUP), mma_o.get_slice(group * WARPGROUP)
+        s_vt = cute.composition(
+            shared.v, cute.make_ordered_layout((config.head_dim_v, config.tile_n, config.kv_slots), order=(1, 0, 2))
+        )
+        p = mma_o.make_fragment_A(part_o.partition_shape_A((config.tile_m, config.tile_n)))
+        state = _State(
+            group=group,
+            mma_s=mma_s,
+            mma_o=mma_o,
+            q=mma_s.make_fragment_A(part_s.partition_A(shared.q)),
+            k=mma_s.make_fragment_B(part_s.partition_B(shared.k)),
+            v=mma_o.make_fragment_B(part_o.partition_B(s_vt)),
+            p=p,
+            acc_s=cute.make_rmem_tensor(part_s.partition_shape_C((config.tile_m, config.tile_n)), Float32),
+            acc_o=cute.make_rmem_tensor(part_o.partition_shape_C((config.tile_m, config.head_dim_v)), Float32),
+            pivot=cute.make_rmem_tensor(2, Float32),
+            row_sum=cute.make_rmem_tensor(2, Float32),
+            skips=cute.make_rmem_tensor(2, Int32),
+            rings=rings,
+            values=values,
+        )
+        if const_expr(config.turns):
+            if group == 0:
+                self._pass_turn(group - 1)
+
+        items, q_at, k_at, v_at = rings.items.start(), rings.q.start(), rings.k.start(), rings.v.start()
+        item = self._read(shared.items, rings.items, items)
+        self._release(rings.items, items)
+        items = rings.items.next(items)
+        if const_expr(self.overlap_items):
+            if item.valid:
+                self._first_scores(state, q_at, k_at)
+        while item.valid:
+            if const_expr(not self.overlap_items):
+                self._first_scores(state, q_at, k_at)
+            state.acc_o.fill(0.0)
+            state.row_sum.fill(0.0)
+            state.pivot.fill(-Float32.inf)
+            state.skips.fill(0)
+            self._release(rings.k, k_at)
+            k_at = rings.k.next(k_at)
+            span = item.span
+            self._cap(state)
+            if span.end > span.full_end:
+                self._mask(state, item, span.end - 1)
+            self._softmax(state)
+            self._round(state)
+            if const_expr(self.ragged_k):
+                self._clear_past_the_end(state, shared.v, item, v_at)
+
+            masked_end = span.end - 1
+            full_end = cutlass.min(span.full_end, masked_end)
+            full_begin = cutlass.min(span.full_begin, full_end)
+            if const_expr(self.kinds.window_right):
+                for i in cutlass.range(masked_end - full_end, unroll=1):
+                    k_at, v_at = self._step(state, item, masked_end - 1 - i, q_at, k_at, v_at, True)
+            for i in cutlass.range(full_end - full_begin, unroll=1):
+                k_at, v_at = self._step(state, item, full_end - 1 - i, q_at, k_at, v_at, False)
+            if const_expr(self.kinds.window_left):
+                for i in cutlass.range(full_begin - span.begin, unroll=1):
+                    k_at, v_at = self._step(state, item, full_begin - 1 - i, q_at, k_at, v_at, True)
+
+            following = self._read(shared.items, rings.items, items)
+            self._release(rings.items, items)
+            items = rings.items.next(items)
+            if const_expr(self.overlap_items):
+                self._release(rings.q, q_at)
+                q_next = rings.q.next(q_at)
+                self._seam(state, following, q_at, q_next, k_at, v_at)
+                q_at = q_next
+            else:
+                self._last_values(state, v_at)
+            self._release(rings.v, v_at)
+            v_at = rings.v.next(v_at)
+            self._write(state, maps, outputs, sink, shared, item)
+            if const_expr(not self.overlap_items):
+                self._release(rings.q, q_at)
+                q_at = rings.q.next(q_at)
+            item = following
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def _mma(self, columns: int, rows_from_registers: bool) -> cute.TiledMma:
+        """wgmma tiles of 64 rows a warpgroup: S = Q K^T from shared memory, O = P V with P from registers."""
+        source = warpgroup.OperandSource
+        major = cute.nvgpu.OperandMajorMode
+        op = warpgroup.MmaF16BF16Op(
+            self.dtype,
+            Float32,
+            (64, columns, 16),
+            source.RMEM if rows_from_registers else source.SMEM,
+            major.K,
+            major.MN if rows_from_registers else major.K,
+        )
+        return cute.make_tiled_mma(op, cute.make_layout((self.config.warpgroups, 1, 1)))
+
+    @cute.jit
+    def _issue(self, mma, acc, a, b, add: cutlass.Constexpr[bool]):
+        """Issues acc = a b, or acc += a b, as one wgmma group."""
+        warpgroup.fence()
+        atom = cute.make_mma_atom(mma.op)
+        atom.set(warpgroup.Field.ACCUMULATE, add)
+        for k in cutlass.range_constexpr(cute.size(a.shape[2])):
+            cute.gemm(atom, acc, a[None, None, k], b[None, None, k], acc)
+            atom.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def _scores(self, state, q_slot, k_slot):
+        self._issue(
+            state.mma_s, state.acc_s, state.q[None, None, None, q_slot], state.k[None, None, None, k_slot], False
+        )
+
+    @cute.jit
+    def _values(self, state, v_slot):
+        self._issue(state.mma_o, state.acc_o, state.p, state.v[None, None, None, v_slot], True)
+
+    @cute.jit
+    def _first_scores(self, state, q_at, k_at):
+        """S of an item's first tile, with nothing to overlap it with."""
+        state.rings.q.wait(q_at)
+        state.rings.k.wait(k_at)
+        self._await_turn(state.group)
+        self._scores(state, q_at.index, k_at.index)
+        self._pass_turn(state.group)
+        warpgroup.wait_group(0)
+
+    @cute.jit
+    def _last_values(self, state, v_at):
+        """O of an item's last tile, with nothing to overlap it with."""
+        state.rings.v.wait(v_at)
+        self._await_turn(state.group)
+        self._values(state, v_at.index)
+        self._pass_turn(state.group)
+        warpgroup.wait_group(0)
+
+    @cute.jit
+    def _step(self, state, item, tile, q_at, k_at, v_at, masked: cutlass.Constexpr[bool]):
+        """One turn of the steady state: S of `tile` and O of the tile before it; returns the cursors after both."""
+        rings = state.rings
+        rings.k.wait(k_at)
+        self._await_turn(state.group)
+        self._scores(state, q_at.index, k_at.index)
+        rings.v.wait(v_at)
+        self._values(state, v_at.index)
+        self._pass_turn(state.group)
+        warpgroup.wait_group(1)
+        self._release(rings.k, k_at)
+        self._cap(state)
+        if const_expr(masked):
+            self._mask(state, item, tile)
+        moved, factor = self._softmax(state)
+        warpgroup.wait_group(0)
+        self._release(rings.v, v_at)
+        self._round(state)
+        self._rescale(state, moved, factor)
+        return rings.k.next(k_at), rings.v.next(v_at)
+
+    @cute.jit
+    def _seam(self, state, following, q_at, q_next, k_at, v_at):
+        """O of an item's last tile and S of the next item's first; after the last item S repeats old tiles, unread."""
+        rings = state.rings
+        q_slot, k_slot = q_at.index, k_at.index
+        if following.valid:
+            rings.q.wait(q_next)
+            rings.k.wait(k_at)
+            q_slot = q_next.index
+        else:
+            k_slot = (k_at.index + self.config.kv_slots - 1) % self.config.kv_slots
+        self._await_turn(state.group)
+        self._scores(state, q_slot, k_slot)
+        rings.v.wait(v_at)
+        self._values(state, v_at.index)
+        self._pass_turn(state.group)
+        warpgroup.wait_group(0)
+
+    @cute.jit
+    def _await_turn(self, group):
+        if const_expr(self.config.turns):
+            cute.arch.barrier(barrier_id=TURN_BARRIER + group, number_of_threads=2 * WARPGROUP)
+
+    @cute.jit
+    def _pass_turn(self, group):
+        if const_expr(self.config.turns):
+            after = (group + 1) % self.config.warpgroups
+            cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + after, number_of_threads=2 * WARPGROUP)
+
+    @cute.jit
+    def _release(self, ring, at):
+        with cute.arch.elect_one():
+            ring.release(at)
+
+    @cute.jit
+    def _read(self, s_items, ring, at):
+        """The work item in a slot; the warp has read it when this returns."""
+        ring.wait(at)
+        word = [s_items[i, at.index] for i in range(ITEM_WORDS)]
+        cute.arch.sync_warp()
+        return _Item(word[0] != 0, WorkItem(*word[1:4]), Sequence(*word[4:9]), Span(*word[9:13]))
+
+    @cute.jit
+    def _first_row(self, state, item):
+        """The thread's first query row within the sequence; its other row is 8 further on."""
+        thread, _, _ = cute.arch.thread_idx()
+        within = thread % WARPGROUP
+        return item.work.tile * self.config.tile_m + state.group * 64 + within // 32 * 16 + within % 32 // 4
+
+    @cute.jit
+    def _mask(self, state, item, tile):
+        """Hides the scores of keys that their row does not see."""
+        column = tile * self.config.tile_n + cute.arch.lane_idx() % 4 * 2
+        window = Window(state.values.window_left, state.values.window_right)
+        row = self._first_row(state, item)
+        for r in cutlass.range_constexpr(2):
+            first, end = visible_keys(row + 8 * r, item.sequence.seqlen_q, item.sequence.seqlen_k, window)
+            first, end = first - column, end - column
+            for j in cutlass.range_constexpr(self.config.tile_n // 8):
+                for c in cutlass.range_constexpr(2):
+                    at = 4 * j + 2 * r + c
+                    visible = 8 * j + c < end
+                    if const_expr(self.kinds.window_left):
+                        visible = visible and 8 * j + c >= first
+                    state.acc_s[at] = state.acc_s[at] if visible else -Float32.inf
+
+    @cute.jit
+    def _cap(self, state):
+        """Softcap: scores become tanh(score * capped_scale), before any is hidden."""
+        if const_expr(self.kinds.softcap):
+            for at in cutlass.range_constexpr(self.config.tile_n // 2):
+                state.acc_s[at] = _tanh(state.acc_s[at] * state.values.capped_scale)
+
+    @cute.jit
+    def _softmax(self, state):
+        """Turns scores into weights against each row's pivot, in place, and follows the row sums.
+
+        Returns for the thread's two rows whether the pivot moved, and the factor that O has to be multiplied by.
+        """
+        acc, values = state.acc_s, state.values
+        count = self.config.tile_n // 4
+        moved, factor = [False, False], [Float32(1.0), Float32(1.0)]
+        for r in cutlass.range_constexpr(2):
+            mine = [acc[at // 2 * 4 + 2 * r + at % 2] for at in range(count)]
+            highest = _fold(mine, cute.arch.fmax)
+            highest = cute.arch.fmax(highest, cute.arch.shuffle_sync_bfly(highest, 1))
+            highest = cute.arch.fmax(highest, cute.arch.shuffle_sync_bfly(highest, 2))
+            before = state.pivot[r]
+            pivot, moved[r] = follow_max(before, highest * values.scale_log2, values.threshold)
+            state.pivot[r] = pivot
+            factor[r] = rescale_factor(before, pivot) if moved[r] else Float32(1.0)
+            if const_expr(self.counted):
+                kept = before > -Float32.inf and not moved[r]
+                state.skips[r] = state.skips[r] + Int32(kept)
+            shift = -subtrahend(pivot)
+            weights = []
+            for at in cutlass.range_constexpr(count):
+                weight = cute.math.exp2(mine[at] * values.scale_log2 + shift, fastmath=True)
+                acc[at // 2 * 4 + 2 * r + at % 2] = weight
+                weights.append(weight)
+            state.row_sum[r] = state.row_sum[r] * factor[r] + _fold(weights, _add)
+        return moved, factor
+
+    @cute.jit
+    def _round(self, state):
+        """P in 16 bits, where wgmma reads it; its elements lie as those of S."""
+        pairs = cute.recast_tensor(state.p, Int32)
+        for at in cutlass.range_constexpr(self.config.tile_n // 4):
+            pairs[at] = _pack(state.acc_s[2 * at], state.acc_s[2 * at + 1], self.dtype)
+
+    @cute.jit
+    def _rescale(self, state, moved, factor):
+        """Multiplies O by the rows' factors, if any row of the warp moved its pivot."""
+        if cute.arch.vote_any_sync(moved[0] or moved[1]):
+            for at in cutlass.range_constexpr(cute.size(state.acc_o)):
+                state.acc_o[at] = state.acc_o[at] * factor[at // 2 % 2]
+
+    @cute.jit
+    def _clear_past_the_end(self, state, s_v, item, v_at):
+        """Zeros the rows of V past the sequence's end in its last tile: 0 times a neighbour's NaN would show."""
+        config = self.config
+        rows = item.sequence.seqlen_k - (item.span.end - 1) * config.tile_n
+        if rows < config.tile_n:
+            state.rings.v.wait(v_at)
+            thread, _, _ = cute.arch.thread_idx()
+            columns = config.head_dim_v
+            for at in cutlass.range(
+                rows * columns + thread - WARPGROUP, config.tile_n * columns, WARPGROUP * config.warpgroups, unroll=1
+            ):
+                s_v[at // columns, at % columns, v_at.index] = self.dtype(0.0)
+            cute.arch.fence_view_async_shared()
+            cute.arch.barrier(barrier_id=RAGGED_BARRIER, number_of_threads=WARPGROUP * config.warpgroups)
+
+    @cute.jit
+    def _write(self, state, maps, outputs, sink, shared, item):
+        """Normalises O and writes it and the LSE; by TMA where the warpgroup's 64 rows are the sequence's own."""
+        sequence, work, group = item.sequence, item.work, state.group
+        batch = self._batch(work)
+        row = self._first_row(state, item)
+        sink_log2 = None
+        if const_expr(sink is not None):
+            sink_log2 = Float32(sink[work.head]) * LOG2_E
+        for r in cutlass.range_constexpr(2):
+            total = state.row_sum[r]
+            total = total + cute.arch.shuffle_sync_bfly(total, 1)
+            total = total + cute.arch.shuffle_sync_bfly(total, 2)
+            scale, lse = finish(state.pivot[r], total, sink_log2)
+            if const_expr(self.kinds.seqused_q):
+                takes_part = row + 8 * r < sequence.seqlen_q
+                scale, lse = (scale if takes_part else Float32(0.0)), (lse if takes_part else -Float32.inf)
+            for at in cutlass.range_constexpr(cute.size(state.acc_o) // 2):
+                of_row = at // 2 * 4 + 2 * r + at % 2
+                state.acc_o[of_row] = state.acc_o[of_row] * scale
+            if cute.arch.lane_idx() % 4 == 0 and row + 8 * r < sequence.rows_q:
+                outputs.lse[sequence.offset_q + row + 8 * r, work.head, batch] = lse
+                if const_expr(self.counted):
+                    self._count(outputs.counts, sequence.offset_q + row + 8 * r, work, item.span, state.skips[r])
+
+        first_row = work.tile * self.config.tile_m + group * 64
+        r_o = cute.make_rmem_tensor(state.acc_o.layout, self.dtype)
+        pairs = cute.recast_tensor(r_o, Int32)
+        for at in cutlass.range_constexpr(cute.size(state.acc_o) // 2):
+            pairs[at] = _pack(state.acc_o[2 * at], state.acc_o[2 * at + 1], self.dtype)
+        whole = True
+        if const_expr(self.ragged_q):
+            whole = first_row + 64 <= sequence.rows_q
+        if whole:
+            self._store_tile(state, maps, shared, r_o, sequence, work, batch)
+        else:
+            self._store_rows(outputs.out, r_o, sequence, work, batch, row)
+
+    @cute.jit
+    def _store_tile(self, state, maps, shared, r_o, sequence, work, batch):
+        """64 rows of O through shared memory and TMA; rows past a dense tensor's end are cut by TMA."""
+        group = state.group
+        thread, _, _ = cute.arch.thread_idx()
+        leader = cute.arch.make_warp_uniform(thread // 32) % 4 == 0
+        sync = EPILOGUE_BARRIER + group
+        if leader:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.barrier(barrier_id=sync, number_of_threads=WARPGROUP)
+        s_o = shared.out[None, None, group]
+        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(num_matrices=4), self.dtype)
+        one = cute.make_tiled_mma(state.mma_o.op)
+        copy = cute.make_tiled_copy_C(atom, one).get_slice(thread % WARPGROUP)
+        cute.copy(atom, copy.retile(r_o), copy.partition_D(s_o))
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=sync, number_of_threads=WARPGROUP)
+        if leader:
+            m_o = cute.domain_offset((sequence.offset_q, 0), maps.m_out[None, None, work.head, batch])
+            g_o = cute.local_tile(m_o, (64, self.config.head_dim_v), (work.tile * self.config.warpgroups + group, 0))
+            t_so, t_go = _boxes(maps.out, s_o, g_o)
+            cute.copy(maps.out, t_so, t_go)
+            cute.arch.cp_async_bulk_commit_group()
+            if const_expr(not self.overlap_items):
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def _store_rows(self, m_out, r_o, sequence, work, batch, row):
+        """The last rows of a packed sequence, straight from registers: the next rows are another sequence's."""
+        pairs = cute.recast_tensor(r_o, Int32)
+        column = cute.arch.lane_idx() % 4 * 2
+        for r in cutlass.range_constexpr(2):
+            if row + 8 * r < sequence.rows_q:
+                line = m_out[sequence.offset_q + row + 8 * r, None, work.head, batch]
+                line = cute.recast_tensor(line, Int32)
+                for j in cutlass.range_constexpr(self.config.head_dim_v // 8):
+                    if 8 * j + column < self.kinds.head_dim_v:
+                        line[4 * j + column // 2] = pairs[2 * j + r]
+
+    @cute.jit
+    def _count(self, counts, row, work, span, skips):
+        at = (work.batch, work.head, row)
+        if const_expr(self.kinds.varlen):
+            counts[work.head, row, 0] = span.end - span.begin
+            counts[work.head, row, 1] = skips
+        else:
+            counts[(*at, 0)] = span.end - span.begin
+            counts[(*at, 1)] = skips
+
+
+class _Maps(NamedTuple):
+    """TMA copies with the coordinate tensors that they read or write."""
+
+    q: cute.CopyAtom
+    m_q: cute.Tensor
+    k: cute.CopyAtom
+    m_k: cute.Tensor
+    v: cute.CopyAtom
+    m_v: cute.Tensor
+    out: cute.CopyAtom
+    m_out: cute.Tensor
+
+
+class _Outputs(NamedTuple):
+    """What the kernel writes, by ordinary stores."""
+
+    out: cute.Tensor
+    lse: cute.Tensor
+    counter: cute.Tensor | None
+    counts: cute.Tensor | None
+
+
+class _Rings(NamedTuple):
+    items: Ring
+    q: Ring
+    k: Ring
+    v: Ring
+
+
+class _Shared(NamedTuple):
+    """Shared memory: published items, and tiles with their slots in the last mode."""
+
+    items: cute.Tensor
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    out: cute.Tensor
+
+
+class _State(NamedTuple):
+    """What a consumer warpgroup holds: operands as wgmma takes them, accumulators and statistics of its rows."""
+
+    group: Int32
+    mma_s: cute.TiledMma
+    mma_o: cute.TiledMma
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    p: cute.Tensor
+    acc_s: cute.Tensor
+    acc_o: cute.Tensor
+    pivot: cute.Tensor
+    row_sum: cute.Tensor
+    skips: cute.Tensor
+    rings: Any
+    values: Values
+
+
+def _boxes(atom: cute.CopyAtom, shared: cute.Tensor, tiles: cute.Tensor) -> tuple[cute.Tensor, cute.Tensor]:
+    """Both sides of a TMA copy: (box, slot) in shared memory and (box, tile) in global memory."""
+    return cpasync.tma_partition(
+        atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, 2), cute.group_modes(tiles, 0, 2)
+    )
+
+
+def _fold(values: list, combine: Any) -> Any:
+    """Combines values pairwise in four chains, short enough to hide an instruction's latency."""
+    chains = values[:4]
+    for at in range(4, len(values)):
+        chains[at % 4] = combine(chains[at % 4], values[at])
+    return combine(combine(chains[0], chains[1]), combine(chains[2], chains[3]))
+
+
+def _add(a: Float32, b: Float32) -> Float32:
+    return a + b
+
+
+def _pack(low: Float32, high: Float32, dtype: Any) -> Int32:
+    """Two floats rounded to 16 bits in one word, the first in the low half."""
+    name = "bf16x2" if dtype is cutlass.BFloat16 else "f16x2"
+    return cute.arch.inline_ptx(
+        f"cvt.rn.{name}.f32 {{$w0}}, {{$r1}}, {{$r0}};", write_only_types=[Int32], read_only_args=[low, high]
+    )
+
+
+def _tanh(x: Float32) -> Float32:
+    """tanh(x) = 1 - 2 / (e^2x + 1), right to float32's rounding where tanh.approx has 11 bits."""
+    grown = cute.math.exp2(x * (2 * LOG2_E), fastmath=True)
+    return Float32(1.0) - Float32(2.0) * cute.arch.rcp_approx(grown + Float32(1.0))

@@ -1,0 +1,57 @@
+"""The rescale-skipping online softmax of FlashAttention-4, per row and free of any layout.
+
+Statistics are in log2 units: `score * scale_log2`. A row keeps its pivot as long as no score exceeds it by more than
+the threshold, so the weights `2^(score - pivot)` stay at most `2^threshold` and neither O nor the row sum needs a
+rescale; the pivot cancels in O / row_sum and in the LSE. See docs/semantics.md.
+"""
+
+from __future__ import annotations
+
+import math
+
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, const_expr
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2.0)
+
+
+@cute.jit
+def follow_max(pivot: Float32, tile_max: Float32, threshold: Float32) -> tuple[Float32, Boolean]:
+    """The row's pivot after a tile whose largest score is `tile_max`, and whether it moved.
+
+    A pivot of -inf (no visible key yet) counts as moved, to the maximum or to -inf again; a NaN moves it to NaN.
+    """
+    highest = cute.arch.fmax(pivot, tile_max, nan=True)
+    kept = highest - pivot <= threshold
+    return (pivot if kept else highest), not kept
+
+
+@cute.jit
+def rescale_factor(before: Float32, after: Float32) -> Float32:
+    """What O and the row sum are multiplied by when the pivot moves; 0 for a row that had seen nothing."""
+    return cute.math.exp2(before - subtrahend(after), fastmath=True)
+
+
+@cute.jit
+def subtrahend(pivot: Float32) -> Float32:
+    """What exponents are taken against: the pivot, or 0 where the row saw nothing, as -inf - -inf would be NaN."""
+    return Float32(0.0) if pivot == -Float32.inf else pivot
+
+
+@cute.jit
+def finish(pivot: Float32, row_sum: Float32, sink: Float32 | None) -> tuple[Float32, Float32]:
+    """The factor that turns the accumulated O into the output, and the row's LSE in natural-log units.
+
+    sink: the head's extra logit in log2 units, or None. A row that saw no key and has no sink gets 0 and -inf.
+    """
+    highest, weight, total = pivot, Float32(1.0), row_sum
+    if const_expr(sink is not None):
+        highest = cute.arch.fmax(pivot, sink)
+        weight = cute.math.exp2(pivot - subtrahend(highest), fastmath=True)
+        total = row_sum * weight + cute.math.exp2(sink - subtrahend(highest), fastmath=True)
+    scale, lse = Float32(0.0), -Float32.inf
+    if total != 0.0:
+        scale = weight * cute.arch.rcp_approx(total)
+        lse = (highest + cute.math.log2(total, fastmath=True)) * LN_2
+    return scale, lse

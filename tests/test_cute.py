@@ -1,0 +1,257 @@
+"""The CuTe backend's own promises: what is visited and skipped, its cache of compiled kernels, its choice by device."""
+
+import importlib.util
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from simulation import simulated_skips, visited_tiles
+
+import fa4_cute
+from dispatch import attention, explain
+from fa4_core.problem import Inputs, Kinds, make_problem
+from fa4_cute import cache, kernels, sm90_config, sm100_config
+
+has_dsl = importlib.util.find_spec("cutlass") is not None
+needs_dsl = pytest.mark.skipif(not has_dsl, reason="needs the package nvidia-cutlass-dsl")
+SERVED = torch.cuda.is_available() and fa4_cute.BACKEND.unavailable(torch.device("cuda", 0)) is None
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not SERVED, reason="needs a GPU that the cute backend serves")]
+needs_gpu = lambda test: on_gpu[0](on_gpu[1](test))  # noqa: E731
+
+
+def kinds(head_dim=64, head_dim_v=None, dtype=torch.bfloat16, **changed):
+    plain = {
+        "group": 1, "varlen": False, "seqused_q": False, "seqused_k": False, "paged": False, "window_left": False,
+        "window_right": False, "softcap": False, "sink": False,
+    }  # fmt: skip
+    return Kinds(dtype, head_dim, head_dim_v or head_dim, **{**plain, **changed})
+
+
+def count(q, k, v, **options):
+    """(visits, skips) of every row, (B, H, Sq) each, from the kernel's debug counters."""
+    from fa4_cute import launch
+
+    inputs = Inputs(q, k, v)
+    problem = make_problem(inputs, **options)
+    counts = torch.zeros(*problem.lse_shape, 2, dtype=torch.int32, device=q.device)
+    launch.forward(problem, inputs, counts)
+    return counts.cpu().unbind(-1)
+
+
+def config_of(q):
+    return kernels.config(make_problem(Inputs(q, q, q)).kinds, kernels.architecture(q.device))
+
+
+@needs_gpu
+@pytest.mark.parametrize("threshold", [0.0, 8.0])
+@pytest.mark.parametrize("scale", [1, 16])
+def test_skips_are_counted_as_a_numpy_simulation_counts_them(scale, threshold):
+    """A pivot followed where it should be kept costs speed that no result shows; kept too long, it overflows fp16."""
+    g = torch.Generator().manual_seed(5)
+    q, k = (torch.randn(1, n, 2, 64, generator=g).half().cuda() for n in (70, 650))
+    _, skips = count(q * scale, k, k, rescale_threshold=threshold)
+    want = simulated_skips(q * scale, k, config_of(q).tile_n, threshold)
+    # float32 and float64 may fall on different sides of the threshold in a rare row.
+    assert (skips.numpy() != want).mean() <= 0.01
+    if threshold == 8.0 and scale == 1:
+        assert skips.sum() > 0.99 * skips.numel() * ((k.shape[1] - 1) // config_of(q).tile_n)
+
+
+@needs_gpu
+def test_hidden_tiles_are_never_visited():
+    """Counted against brute force over random masks: visited is a tile where a row of the query tile sees a key."""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        len_q, len_k = (int(n) for n in rng.integers(1, 700, 2))
+        left, right = (int(rng.integers(0, 200)) if rng.random() < 0.6 else -1 for _ in range(2))
+        q, k = torch.randn(1, len_q, 1, 64).half().cuda(), torch.randn(1, len_k, 1, 64).half().cuda()
+        visits, _ = count(q, k, k, window_left=left, window_right=right)
+        config = config_of(q)
+        want = visited_tiles(len_q, len_k, left, right, config.tile_m, config.tile_n)
+        assert (visits[0, 0].numpy() == want).all(), (len_q, len_k, left, right)
+
+
+@needs_gpu
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_same_input_gives_the_same_bits_a_hundred_times(causal):
+    """Blocks draw their work in an order that differs from run to run; no result may show it."""
+    q, k, v = (torch.randn(2, 1500, 4, 128, device="cuda").bfloat16() for _ in range(3))
+    first = attention(q, k, v, causal=causal, backend="cute", return_lse=True)
+    for _ in range(99):
+        again = attention(q, k, v, causal=causal, backend="cute", return_lse=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+@needs_gpu
+def test_auto_takes_it_and_says_whose_gradients():
+    q = torch.randn(1, 8, 1, 64, device="cuda").half()
+    choice = explain(q, q, q)
+    assert (choice.backend, choice.backward) == ("cute", "triton")
+    assert str(choice).startswith("runs on cute, its gradients on triton")
+
+
+@needs_gpu
+def test_a_graph_keeps_its_own_counter():
+    """The counter that blocks draw from belongs to a stream; a graph may run beside that stream's own calls."""
+    q, k, v = (torch.randn(1, 700, 8, 64, device="cuda").half() for _ in range(3))
+    want = attention(q, k, v, causal=True, backend="cute")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attention(q, k, v, causal=True, backend="cute")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    for _ in range(20):
+        with torch.cuda.stream(side):
+            graph.replay()
+        assert torch.equal(attention(q, k, v, causal=True, backend="cute"), want)
+    torch.cuda.synchronize()
+    assert torch.equal(captured, want)
+
+
+@pytest.mark.parametrize(("capability", "arch"), [((9, 0), "sm_90a"), ((10, 0), "sm_100a"), ((10, 3), "sm_103a")])
+def test_every_served_capability_has_a_kernel(monkeypatch, capability, arch):
+    """Capabilities are faked: no Blackwell GPU is at hand."""
+    device = torch.device("cuda", 7)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert kernels.architecture(device) == arch
+    assert kernels.missing(kinds(128), arch) == ()
+    assert kernels.missing(kinds(128, dtype=torch.float32), arch) == ("dtype torch.float32",)
+    assert kernels.missing(kinds(64, paged=True), arch) == ("paged KV (page_table)",)
+    kernels.architecture.cache_clear()
+
+
+def test_another_capability_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    fa4_cute._unavailable.cache_clear()
+    why = fa4_cute._unavailable(torch.device("cuda", 5))
+    fa4_cute._unavailable.cache_clear()
+    kernels.architecture.cache_clear()
+    assert why is not None
+    assert "9.0, 10.0, 10.3" in why
+    assert "8.9" in why
+
+
+def test_without_the_dsl_it_names_the_install_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    fa4_cute._unavailable.cache_clear()
+    why = fa4_cute._unavailable(torch.device("cuda", 5))
+    fa4_cute._unavailable.cache_clear()
+    assert why is not None
+    assert "fa4-attention[cute]" in why
+
+
+def test_every_head_dim_has_a_config_within_the_hardware():
+    """A config refuses what does not fit, so making it is the test."""
+    for head_dim in range(8, 257, 8):
+        for head_dim_v in range(8, 257, 8):
+            chosen = sm90_config.config_for(kinds(head_dim, head_dim_v))
+            assert chosen.head_dim >= head_dim
+            assert chosen.head_dim_v >= head_dim_v
+            if not sm100_config.missing(kinds(head_dim, head_dim_v)):
+                sm100_config.config_for(kinds(head_dim, head_dim_v), (10, 0))
+
+
+def test_a_config_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="bytes of shared memory"):
+        sm90_config.Sm90Config(256, 256, tile_n=128)
+    with pytest.raises(ValueError, match="where Q was"):
+        sm90_config.Sm90Config(64, 128, tile_n=64, q_slots=1)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        sm90_config.Sm90Config(64, 64, tile_n=72)
+
+
+class Stub:
+    """In place of a compiled kernel: exports an object in the way that a kernel does, and counts."""
+
+    def __init__(self):
+        self.compiled = 0
+
+    def __call__(self):
+        self.compiled += 1
+        return self
+
+    def export_to_c(self, object_file_path, function_name):
+        source = f"""
+        int __tvm_ffi_{function_name}(void *handle, void *args, int n, void *result) {{ return 0; }}
+        """
+        command = [cache.linker(), "-x", "c", "-c", "-fPIC", "-o", object_file_path, "-"]
+        subprocess.run(command, input=source, text=True, check=True)
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    monkeypatch.setenv("FA4_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+needs_compiler = pytest.mark.skipif(cache.linker() is None, reason="needs a C compiler")
+
+
+@needs_dsl
+@needs_compiler
+def test_a_kernel_is_compiled_once_and_then_loaded(shelf):
+    stub = Stub()
+    for _ in range(3):
+        cache.get("some kernel", stub)
+    assert stub.compiled == 1
+    cache.get("another kernel", stub)
+    assert stub.compiled == 2
+    assert len(list(shelf.glob("*.so"))) == 2
+
+
+@needs_dsl
+@needs_compiler
+@pytest.mark.parametrize("damage", [b"", b"not a library"])
+def test_a_damaged_entry_is_built_again(shelf, damage, monkeypatch):
+    stub = Stub()
+    cache.get("some kernel", stub)
+    (entry,) = shelf.glob("*.so")
+    other = shelf / "other"  # a loaded library's path stays loaded, so the damaged one lies elsewhere
+    other.mkdir()
+    (other / entry.name).write_bytes(damage)
+    monkeypatch.setenv("FA4_CACHE_DIR", str(other))
+    cache.get("some kernel", stub)
+    assert stub.compiled == 2
+    assert (other / entry.name).stat().st_size > 1000
+
+
+@needs_dsl
+@needs_compiler
+def test_threads_compile_a_kernel_once(shelf):
+    stub = Stub()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: cache.get("some kernel", stub), range(16)))
+    assert stub.compiled == 1
+
+
+@needs_dsl
+def test_a_folder_that_cannot_be_written_costs_the_cache_only(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FA4_CACHE_DIR", str(tmp_path / "file" / "folder"))
+    stub = Stub()
+    assert cache.get("some kernel", stub) is stub
+
+
+@needs_dsl
+@needs_compiler
+def test_a_kept_kernel_loads_in_another_process_without_the_dsl(shelf):
+    """A real kernel, compiled here for SM90: the next process has it without importing the compiler."""
+    program = """
+import sys
+import torch
+from fa4_core.problem import Kinds
+from fa4_cute import kernels
+kinds = Kinds(torch.float16, 64, 64, 1, *[False] * 8)
+kernels.forward(kinds, None, False, "sm_90a")
+print("cutlass" in sys.modules)
+"""
+    told = [
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.strip()
+        for _ in range(2)
+    ]
+    assert told == ["True", "False"]
