@@ -161,14 +161,15 @@ class Recording:
         """Runs the launch again, on copies of its arrays. Races are in the result."""
         return self.replay(seed)[0]
 
-    def replay(self, seed: int | None = None, **machine) -> tuple[Result, GlobalMemory]:
-        """As `run`, with the memory after it; `machine` overrides the launch's options."""
+    def replay(self, seed: int | None = None, program: Program | None = None, **machine) -> tuple[Result, GlobalMemory]:
+        """As `run`, with the memory after it. program: in place of the recorded text. machine: in place of the launch's
+        options."""
         memory = GlobalMemory()
         for address, size, name, content in self.memory:
             memory.add(Allocation(address, size, name, content=content))
         schedule = Schedule.from_seed(self.seed if seed is None else seed)
         options = {**self.options, **machine}
-        done = Machine(load_program(self.text, self.kernel), memory, self.params, self.grid, self.block,
+        done = Machine(program or load_program(self.text, self.kernel), memory, self.params, self.grid, self.block,
                        schedule=schedule, tensor_maps=self.tensor_maps, **options).run()  # fmt: skip
         return done, memory
 

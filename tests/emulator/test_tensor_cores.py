@@ -131,9 +131,9 @@ class RegisterProduct:
         row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (element // 2 % 2)
         return np.ascontiguousarray(matrix[row, 8 * (element // 4) + thread % 4 * 2 + element % 2])
 
-    def run(self, seed: int = 0, scale_a: int = 1, **text) -> None:
-        ptx = wgmma_from_registers(self.kind, self.n, self.accumulator, scale_a=scale_a, **text)
-        launch(ptx, 1, 128, [self.a_words, self.b_words, self.c_words, self.d_words], dynamic_shared=32 * self.n,
+    def run(self, seed: int = 0, scale_a: int = 1, program=None, **text) -> None:
+        program = program or wgmma_from_registers(self.kind, self.n, self.accumulator, scale_a=scale_a, **text)
+        launch(program, 1, 128, [self.a_words, self.b_words, self.c_words, self.d_words], dynamic_shared=32 * self.n,
                seed=seed)  # fmt: skip
         np.testing.assert_array_equal(self.d_words, self.fragments(scale_a * (self.a @ self.b.T) + self.c))
 
