@@ -211,7 +211,10 @@ class RegisterHazards:
         marks.issue(op, accumulators, fragments)
 
     def _report(self, log: RaceLog, kind: str, node: Node, mask: int) -> None:
-        """Names the first instruction of the node that touches one of the registers."""
+        """Names the first instruction of the node that touches one of the registers, once."""
+        if (kind, node.pc) in log.places:
+            return
+        log.places.add((kind, node.pc))
         for i in self.code[node.pc : node.next_pc]:
             if i.parts[0] != "mov" and self.bits([*sources(i), *destinations(i)]) & mask:
                 break

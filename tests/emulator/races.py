@@ -26,12 +26,13 @@ PENDING = 1 << 20
 
 @dataclass
 class RaceLog:
-    """What the check found. `reports` are errors, `tolerated` kinds go to `notes`; each pair of program places is
-    reported once."""
+    """What the checks found. `reports` are errors, `tolerated` kinds go to `notes`; each pair of program places is
+    reported once. `places` is for a check to remember where it has already looked for the words."""
 
     notes: list[str]
     tolerated: tuple[str, ...] = ()
     reports: list[str] = field(default_factory=list)
+    places: set = field(default_factory=set)
     _seen: set = field(default_factory=set)
 
     def add(self, kind: str, line: int, other_line: int, text: str) -> None:
