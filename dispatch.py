@@ -61,6 +61,8 @@ def _objection(name: str, kinds: Kinds, device: torch.device) -> str | None:
     why = backend.unavailable(device)
     if why is not None:
         return why
+    if kinds.kv_cache and not backend.serves_kv_cache:
+        return "does not support a KV cache"
     missing = backend.missing(kinds, device)
     return f"does not support {', '.join(missing)}" if missing else None
 

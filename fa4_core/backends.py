@@ -36,6 +36,8 @@ class Backend(ABC):
 
     name: str
     head_dim_multiple: int = 1
+    serves_kv_cache: bool = False
+    """Whether it has an `attend_cache`. Which problems it serves there `missing` says, as for `forward`."""
     backward_backend: str | None = None
     """The backend that its `backward` leaves the gradients to; None where it computes them itself."""
 
@@ -58,7 +60,7 @@ class Backend(ABC):
         """Returns the gradients of q, k, v (their shapes and dtype) and of the sink (its dtype)."""
 
     def attend_cache(self, problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: Tensor | None) -> None:
-        """Appends to the caches in place, and writes out and lse (None: not wanted). For the feature "KV cache".
+        """Appends to the caches in place, and writes out and lse (None: not wanted), where `serves_kv_cache`.
 
         Tensors come as the caller gave them: any strides, but for the caches and out, whose last dimension is
         contiguous.

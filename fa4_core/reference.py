@@ -214,6 +214,7 @@ class ReferenceBackend(Backend):
     """Plain PyTorch; serves every feature, on any device."""
 
     name = "reference"
+    serves_kv_cache = True
 
     def unavailable(self, device: torch.device) -> str | None:
         return None

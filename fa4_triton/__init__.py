@@ -49,6 +49,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     head_dim_multiple = 8
+    serves_kv_cache = True
 
     def unavailable(self, device: torch.device) -> str | None:
         return _unavailable(device)

