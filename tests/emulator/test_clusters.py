@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from .errors import Deadlock, EmulatorError, RaceError
+from .errors import Deadlock, EmulatorError, RaceError, TensorMemoryError
 from .kernels import kernel
 from .launcher import launch
 from .tensor_map import TensorMap
@@ -202,3 +202,22 @@ def test_a_tensor_reduction_adds_inside_the_tensor_only(seed):
     want = np.zeros(72)
     want[4:60] = 2 * np.arange(56)
     np.testing.assert_array_equal(out.numpy(), want)
+
+
+@seeds
+def test_a_pair_allocates_tensor_memory_together(seed):
+    """PTX ISA 9.7.16.7.1: cta_group::2 needs a warp of each CTA, and neither goes on before both have it."""
+    body = (
+        """setp.lt.u32 %p3, %t, 32; {who}
+    @%p3 tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [%r1], {columns}; bar.sync 0; ld.shared.b32 %r9, [%r1];
+    @%p3 tcgen05.dealloc.cta_group::2.sync.aligned.b32 %r9, {columns};"""
+        + STORE
+    )
+    out = words()
+    run(body.format(who="", columns=64), [out], seed=seed)
+    np.testing.assert_array_equal(out, 0)
+    with pytest.raises(Deadlock, match=r"tcgen05\.alloc of 64 columns: for the other CTA"):
+        run(body.format(who="setp.ne.u32 %p4, %r3, 0; @%p4 exit;", columns=64), [out], seed=seed)
+    sizes = "shl.b32 %r10, 32, %r3;"
+    with pytest.raises(TensorMemoryError, match="one CTA of a pair allocates"):
+        run(body.format(who=sizes, columns="%r10"), [out], seed=seed)

@@ -187,7 +187,21 @@ UPSTREAM_EQUIVALENT = {
 }
 
 
-SM90_EQUIVALENT: dict[tuple[str, str], str] = {}
+_OWN_ROWS = "a warp stores its rows of O over the rows of Q that it alone reads, behind its own wait_group"
+_ONE_TILE = "the epilogue's last store: one work tile a CTA, so nothing refills the staging buffer"
+
+SM90_EQUIVALENT = {
+    ("swap", "fence.mbarrier_init"): UPSTREAM_EQUIVALENT["swap", "fence.mbarrier_init"],
+    ("swap", "<-> wgmma.fence"): "the barrier touches no register of the wgmma",
+    ("delete", "wgmma.fence"): "before Q K^T only: it starts from zero, and its accumulators' last readers were moves, "
+    "which only rename here",
+    ("swap", "bar.arrive"): "the two warpgroups take turns by this barrier for speed; no data depends on it",
+    ("delete", "bar.sync 1, 256"): _OWN_ROWS,
+    ("swap", "bar.sync 1, 256 <-> stmatrix"): _OWN_ROWS,
+    ("delete", "cp.async.bulk.commit_group"): _ONE_TILE,
+    ("swap", "cp.async.bulk.commit_group"): _ONE_TILE,
+    ("delete", "cp.async.bulk.wait_group.read"): _ONE_TILE,
+}
 
 
 @pytest.mark.faults_full
