@@ -56,8 +56,8 @@ def missing(kinds: Kinds) -> tuple[str, ...]:
 class Exp2Share:
     """Which of a row's exponentials the FMA units compute, by column within a fragment of 32 columns.
 
-    Of each `period` columns the last `emulated` are, in the fragments `first` to `last` (exclusive); period 0: none. The
-    last fragment stays with the special-function units: nothing is left to overlap with there.
+    Of each `period` columns the last `emulated` are, in the fragments `first` to `last` (exclusive); period 0: none.
+    The last fragment stays with the special-function units: nothing is left to overlap with there.
     """
 
     period: int = 0
@@ -89,8 +89,8 @@ class Sm100Config:
     head_dim_v: int
     share: Exp2Share = Exp2Share()
     p_first: int = 96
-    registers_softmax: int = 192
-    registers_correction: int = 80
+    registers_softmax: int = 184
+    registers_correction: int = 96
     registers_other: int = 48
     tile_m: int = 128
     tile_n: int = 128
@@ -135,7 +135,7 @@ class Sm100Config:
         """First column of O, one for each Q tile."""
         return tuple(self.tile_n * self.q_tiles + self.head_dim_v * i for i in range(self.q_tiles))
 
-    # Shared memory, in bytes. K and V share the slots of one ring. Where Q leaves too little room, O is staged in its place.
+    # Shared memory, in bytes. K and V share one ring's slots. Where Q leaves too little room, O is staged in its place.
     @property
     def q_bytes(self) -> int:
         """One Q tile."""

@@ -183,9 +183,13 @@ class HostFunction:
             raise EmulatorError(f"launch operand {operand.name} of kind {operand.kind} is not packed here")
 
     def _tensor_map(self, setup: Launch, operand: Operand, view: View) -> TensorMap:
-        dims = tuple(view.layout.shape[mode] for mode in operand.modes)
+        basis = re.search(r'tma_gbasis = <"[^:]*:([^"]*)">', operand.type)[1]  # type: ignore[index]
+        paths = re.findall(r"\d+((?:@\d+)+)", basis)
+        flat = all(path.count("@") == 1 for path in paths)
+        modes = [int(path[1:]) for path in paths] if flat else operand.modes
+        dims = tuple(view.layout.shape[mode] for mode in modes)
         size = view.pointer.array.element_size()
-        strides = tuple(view.layout.stride[mode] * size for mode in operand.modes)
+        strides = tuple(view.layout.stride[mode] * size for mode in modes)
         address = _address(setup, view.pointer, operand.name)
         return TensorMap(address, dims, strides[1:], operand.box, operand.swizzle, operand.element)
 

@@ -1,0 +1,869 @@
+"""Attention forward for SM100 (Blackwell): warp-specialised, persistent, exact.
+
+A work item is two Q tiles of 128 rows of one head; K and V pass by in tiles of 128 keys, from the right to the left.
+Each Q tile visits only the key tiles that one of its own rows sees.
+
+Roles (warps; what they wait for and what they signal is in their docstrings):
+
+- scheduler (15): finds the block's work items and publishes them one at a time;
+- load (14): Q, K and V by TMA;
+- MMA (12): S = Q K^T and O += P V, into tensor memory;
+- softmax (0 to 3 and 4 to 7, one warpgroup a Q tile, one thread a row): S to P in tensor memory, the row's statistics;
+- correction (8 to 11, one thread a row of both Q tiles): rescales O in tensor memory where a row of the warp moved its
+  pivot by more than the threshold, which on most tiles none does, and turns the last O into the output;
+- store (13): the output by TMA.
+
+Rings, with the arrivals that complete a slot's full and its empty barrier:
+
+    items   1 slot         scheduler 1 thread       15 warps
+    q       a Q tile       TMA bytes                MMA commit (store, where O is staged in Q's place)
+    kv      a K or V tile  TMA bytes                MMA commit
+    s       a Q tile       MMA commit               128 softmax threads (P begun) + 128 correction threads (O ready)
+    p_rest  a Q tile       128 softmax threads      (s: the MMAs that read P precede the next S)
+    o       a Q tile       MMA commit               (s: correction lets go when it has read O)
+    sums    a Q tile       128 softmax threads      128 correction threads
+    out     a Q tile       128 correction threads   store 1 thread
+
+and eight named barriers between each softmax warp and the correction warp of the same rows: the row factors of a tile
+are in shared memory. No barrier guards that memory against the next tile's factors: S of the next tile cannot be there
+before correction has let go of `s`.
+
+Steady state, i and j being the Q tiles, n a key tile:
+
+    MMA         | Oi += Pi(n) V(n)   Si(n-1)    | Oj += Pj(n) V(n)   Sj(n-1)    | ...
+    softmax i   | ... P(n), rest |  wait  | max of S(n-1)  factor -> exp2, P(n-1) first columns -> rest | ...
+    softmax j   |   max of S(n)  factor ->  exp2, P(n) first columns -> rest |  wait  | max of S(n-1) ...
+    correction  |     factor j(n): rescale Oj?  ->             | factor i(n-1): rescale Oi?  ->            | ...
+
+At an item's end the next item's first S is issued behind each last O, before the other Q tile's last P is waited for.
+
+Names: `m` a tensor in global memory, `g` its tiles, `s` shared memory, `r` registers, `t` tensor memory or a partition;
+S, P and O as in the papers. `tile` numbers key tiles; `i` is the Q tile.
+
+Source: Zadouri et al., "FlashAttention-4" (2026), sections 3 and 4; PTX ISA 8.8, sections on tcgen05, mbarrier and
+cp.async.bulk.tensor. No Blackwell GPU was at hand: this file was executed in the emulator of tests/emulator only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.blackwell_helpers as blackwell
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
+
+from fa4_core.problem import Kinds
+from fa4_cute import sm100_config as roles
+from fa4_cute.params import DTYPES, Values, by_head, statistic_by_head
+from fa4_cute.pipelines import Cursor, Ring
+from fa4_cute.ranges import Span, Window, key_span, visible_keys
+from fa4_cute.schedule import Extent, Lengths, Schedule, Sequence, WorkItem, draw, retire, sequence_of, start, take
+from fa4_cute.sm100_config import FRAGMENT, Exp2Share, Sm100Config, config_for
+from fa4_cute.sm100_rings import MmaRing, Signal, lap_of, slot_of
+from fa4_cute.sm100_rows import bias, exponentiate, follow, hide, pack, row_max, row_sum, scale_and_shift, tanh
+from fa4_cute.sm100_tmem import TmemRows
+from fa4_cute.softmax import LOG2_E, finish
+
+ITEM_WORDS = 19
+ITEM_READERS = 15
+"""Warps that read each published item: all but the scheduler."""
+FACTOR_BARRIER = 1
+"""First of eight named barriers, one for each softmax warp and the correction warp that shares its rows."""
+TMEM_BARRIER = 9
+RAGGED_ROWS = 1 << 30
+"""Rows of a ragged view, see `_ragged`."""
+
+
+class Sm100Forward:
+    """One compiled kernel's host function and roles.
+
+    counted: for tests, the kernel also writes for each row the key tiles visited and the rescales skipped.
+    """
+
+    def __init__(self, kinds: Kinds, config: Sm100Config | None = None, counted: bool = False) -> None:
+        self.kinds = kinds
+        self.config = config or config_for(kinds, (10, 0))
+        self.counted = counted
+        self.dtype = DTYPES[kinds.dtype]
+        self.ragged_k = kinds.varlen or kinds.seqused_k
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        k: cute.Tensor,
+        v: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        sink: cute.Tensor | None,
+        cu_seqlens_q: cute.Tensor | None,
+        cu_seqlens_k: cute.Tensor | None,
+        seqused_q: cute.Tensor | None,
+        seqused_k: cute.Tensor | None,
+        scale_log2: Float32,
+        capped_scale: Float32 | None,
+        window_left: Int32 | None,
+        window_right: Int32 | None,
+        threshold: Float32,
+        section: Int32,
+        programs: Int32,
+        counter: cute.Tensor | None,
+        counts: cute.Tensor | None,
+        stream,
+    ):
+        """Makes the TMA maps and launches; arguments as `params.fake_arguments` lists them."""
+        config = self.config
+        m_q, m_k, m_v, m_o = by_head(q), by_head(k), by_head(v), by_head(out)
+        extent_k, batch = m_k.shape[0], m_q.shape[3]
+        if const_expr(cu_seqlens_q is not None):
+            batch = cu_seqlens_q.shape[0] - 1
+        m_v_tma, m_o_tma = m_v, m_o
+        if const_expr(self.ragged_k):
+            m_v_tma = _ragged(m_v)
+        if const_expr(self.kinds.varlen):
+            m_o_tma = _ragged(m_o)
+        # V is the second operand of P V, whose rows are head dimensions.
+        m_v_tma = cute.make_tensor(m_v_tma.iterator, cute.select(m_v_tma.layout, [1, 0, *range(2, cute.rank(m_v_tma))]))
+        mma_s, mma_o = self._mmas()
+        layout_q, layout_k, layout_v, layout_o = self._shared_layouts(mma_s, mma_o)
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        tile_s, tile_o = self._mma_tiles()
+        one, slot = (1, 1, 1, 1), [0, 1, 2]
+        maps = _Maps(
+            *cute.nvgpu.make_tiled_tma_atom_A(load, m_q, cute.select(layout_q, slot), tile_s, mma_s, one),
+            *cute.nvgpu.make_tiled_tma_atom_B(load, m_k, cute.select(layout_k, slot), tile_s, mma_s, one),
+            *cute.nvgpu.make_tiled_tma_atom_B(load, m_v_tma, cute.select(layout_v, slot), tile_o, mma_o, one),
+            *cpasync.make_tiled_tma_atom(store, m_o_tma, cute.select(layout_o, [0, 1]), tile_o[:2]),
+        )
+        self.kernel(
+            maps,
+            _Outputs(m_o, statistic_by_head(lse), counter, counts),
+            sink,
+            Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k),
+            Extent(Int32(batch), m_q.shape[2], m_q.shape[0], extent_k, section),
+            Values(scale_log2, capped_scale, window_left, window_right, threshold),
+        ).launch(grid=[programs, 1, 1], block=[config.threads, 1, 1], stream=stream, min_blocks_per_mp=1)
+
+    def _mma_tiles(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """(rows, columns, inner) of S = Q K^T and of O = P V."""
+        config = self.config
+        return (config.tile_m, config.tile_n, config.head_dim), (config.tile_m, config.head_dim_v, config.tile_n)
+
+    def _mmas(self) -> tuple[cute.TiledMma, cute.TiledMma]:
+        """S = Q K^T from shared memory, and O = P V with P from tensor memory."""
+        k_major, mn_major, one = OperandMajorMode.K, OperandMajorMode.MN, tcgen05.CtaGroup.ONE
+        make, kind = blackwell.make_trivial_tiled_mma, (self.dtype, self.dtype)
+        tile_s, tile_o = self._mma_tiles()
+        mma_s = make(*kind, k_major, k_major, Float32, one, tile_s[:2])
+        mma_o = make(*kind, k_major, mn_major, Float32, one, tile_o[:2], tcgen05.OperandSource.TMEM)
+        return mma_s, mma_o
+
+    def _shared_layouts(self, mma_s, mma_o):
+        """Swizzled tiles of Q, K, V and O with their slots in the last mode; K and V slots are equally far apart."""
+        config = self.config
+        tile_s, tile_o = self._mma_tiles()
+        apart = max(config.k_bytes, config.v_bytes) // 2
+        layout_q = blackwell.make_smem_layout_a(mma_s, tile_s, self.dtype, config.q_tiles)
+        layout_k = blackwell.make_smem_layout_b(mma_s, tile_s, self.dtype, config.kv_slots)
+        layout_v = blackwell.make_smem_layout_b(mma_o, tile_o, self.dtype, config.kv_slots)
+        row_major = cutlass.utils.LayoutEnum.ROW_MAJOR
+        layout_o = blackwell.make_smem_layout_epi(self.dtype, row_major, tile_o[:2], config.q_tiles)
+        if config.o_replaces_q:
+            layout_o = _slots_apart(layout_o, config.q_tiles, config.q_bytes // 2)
+        slots = config.kv_slots
+        return layout_q, _slots_apart(layout_k, slots, apart), _slots_apart(layout_v, slots, apart), layout_o
+
+    @cute.kernel
+    def kernel(
+        self,
+        maps: _Maps,
+        outputs: _Outputs,
+        sink: cute.Tensor | None,
+        lengths: Lengths,
+        extent: Extent,
+        values: Values,
+    ):
+        config = self.config
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        mma_s, mma_o = self._mmas()
+        layout_q, layout_k, layout_v, layout_o = self._shared_layouts(mma_s, mma_o)
+
+        memory = cutlass.utils.SmemAllocator()
+        barriers = memory.allocate_array(Int64, 22 + 2 * config.kv_slots)
+        both = config.softmax_threads + config.correction_threads
+        rings = _Rings(
+            items=Ring(barriers, 1, 1, ITEM_READERS),
+            q=MmaRing(barriers + 2, 2, 1, 1),
+            s=MmaRing(barriers + 6, 2, 1, both),
+            p_rest=Signal(barriers + 10, 2, config.softmax_threads),
+            o=Signal(barriers + 12, 2, 1),
+            sums=Ring(barriers + 14, 2, config.softmax_threads, config.correction_threads),
+            out=Ring(barriers + 18, 2, config.correction_threads, 1),
+            kv=MmaRing(barriers + 22, config.kv_slots, 1, 1),
+        )
+        tmem_address = memory.allocate_array(Int32, 1)
+        rows = cute.make_layout((config.tile_m, config.q_tiles))
+        s_items = cute.make_tensor(memory.allocate_array(Int32, ITEM_WORDS), cute.make_layout(ITEM_WORDS))
+        s_factor = cute.make_tensor(memory.allocate_array(Float32, config.rows), rows)
+        s_sum = cute.make_tensor(memory.allocate_array(Float32, config.rows), rows)
+        s_pivot = cute.make_tensor(memory.allocate_array(Float32, config.rows), rows)
+        s_q = memory.allocate_tensor(self.dtype, layout_q.outer, 1024, layout_q.inner)
+        if const_expr(config.o_replaces_q):
+            s_o = cute.make_tensor(cute.recast_ptr(s_q.iterator, layout_o.inner), layout_o.outer)
+        else:
+            s_o = memory.allocate_tensor(self.dtype, layout_o.outer, 1024, layout_o.inner)
+        s_k = memory.allocate_tensor(self.dtype, layout_k.outer, 1024, layout_k.inner)
+        s_v = cute.make_tensor(cute.recast_ptr(s_k.iterator, layout_v.inner), layout_v.outer)
+        shared = _Shared(s_items, s_factor, s_sum, s_pivot, s_q, s_k, s_v, s_o)
+
+        if warp == 0:
+            with cute.arch.elect_one():
+                for ring in rings:
+                    ring.init()
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        if warp < roles.FIRST_CORRECTION_WARP:
+            cute.arch.setmaxregister_increase(config.registers_softmax)
+            self.softmax(mma_s, shared, rings, values, outputs)
+        elif warp < roles.MMA_WARP:
+            cute.arch.setmaxregister_decrease(config.registers_correction)
+            self.correct(mma_o, shared, rings, outputs, sink)
+        else:
+            cute.arch.setmaxregister_decrease(config.registers_other)
+            if warp == roles.MMA_WARP:
+                cute.arch.alloc_tmem(roles.TMEM_COLUMNS, tmem_address)
+                self.multiply(mma_s, mma_o, shared, rings)
+                cute.arch.relinquish_tmem_alloc_permit()
+                cute.arch.barrier(barrier_id=TMEM_BARRIER, number_of_threads=config.correction_threads + roles.WARP)
+                address = cute.arch.retrieve_tmem_ptr(Float32, 16, tmem_address)
+                cute.arch.dealloc_tmem(address, roles.TMEM_COLUMNS)
+            elif warp == roles.STORE_WARP:
+                self.store(maps, shared, rings)
+            elif warp == roles.LOAD_WARP:
+                self.load(mma_s, mma_o, maps, shared, rings)
+            else:
+                self.schedule(outputs, sink, shared, rings, lengths, extent, values)
+
+    # Scheduler -------------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def schedule(self, outputs, sink, shared, rings, lengths, extent, values):
+        """The scheduler warp. Waits until every warp has read an item, draws the next and publishes it.
+
+        Rows that see no key are written here: no other role ever meets a Q tile without key tiles.
+        """
+        config = self.config
+        program, _, _ = cute.arch.block_idx()
+        programs, _, _ = cute.arch.grid_dim()
+        longest_first = self.kinds.window_left or self.kinds.window_right
+        order = Schedule(lengths, extent, programs, config.rows, longest_first)
+        window = Window(values.window_left, values.window_right)
+        at = rings.items.start()
+        rings.items.acquire(at)
+        valid, work, place = take(order, start(), program, program)
+        while valid:
+            sequence = sequence_of(work.batch, lengths, extent)
+            first_row = work.tile * config.rows
+            upper = self._span(sequence, window, first_row)
+            lower = self._span(sequence, window, first_row + config.tile_m)
+            begin, end = upper.begin, cutlass.max(upper.end, lower.end)
+            if upper.begin == upper.end:
+                begin = lower.begin
+                self._write_unseen(outputs, sink, work, sequence, first_row)
+            if lower.begin == lower.end:
+                self._write_unseen(outputs, sink, work, sequence, first_row + config.tile_m)
+            if begin < end:
+                self._publish(shared, rings, at, (Int32(1), *work, *sequence, begin, end, *upper, *lower))
+                at = rings.items.next(at)
+                rings.items.acquire(at)
+            following = None
+            if const_expr(outputs.counter is not None):
+                following = draw(outputs.counter, programs)
+            valid, work, place = take(order, place, program, following)
+        self._publish(shared, rings, at, (Int32(0),) * ITEM_WORDS)
+        if const_expr(outputs.counter is not None):
+            retire(outputs.counter, programs)
+        if const_expr(self.kinds.varlen):
+            self._write_past_the_end(outputs, extent, lengths, program, programs)
+
+    @cute.jit
+    def _span(self, sequence, window, first_row):
+        """The key tiles that a Q tile visits; (0, 0, 0, 0) if it sees no key."""
+        config = self.config
+        last_row = cutlass.min(first_row + config.tile_m, sequence.seqlen_q)
+        span = key_span(first_row, last_row, sequence.seqlen_q, sequence.seqlen_k, window, config.tile_n)
+        if first_row >= sequence.seqlen_q or span.begin == span.end:
+            span = Span(Int32(0), Int32(0), Int32(0), Int32(0))
+        return span
+
+    @cute.jit
+    def _publish(self, shared, rings, at, words):
+        with cute.arch.elect_one():
+            for n in cutlass.range_constexpr(ITEM_WORDS):
+                shared.items[n] = words[n]
+            rings.items.publish(at)
+
+    @cute.jit
+    def _item(self, shared, rings, at):
+        """The next work item, which every role reads once."""
+        rings.items.wait(at)
+        word = [shared.items[n] for n in range(ITEM_WORDS)]
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            rings.items.release(at)
+        spans = (Span(*word[11:15]), Span(*word[15:19]))
+        return _Item(word[0] != 0, WorkItem(*word[1:4]), Sequence(*word[4:9]), word[9], word[10], *spans)
+
+    @cute.jit
+    def _batch(self, work):
+        """The batch element in tensors, which the packed layout has one of."""
+        return Int32(0) if const_expr(self.kinds.varlen) else work.batch
+
+    @cute.jit
+    def _write_unseen(self, outputs, sink, work, sequence, first_row):
+        """Output and LSE of a Q tile that sees no key: zeros, and -inf or the sink's logit."""
+        lane = cute.arch.lane_idx()
+        batch = self._batch(work)
+        empty = -Float32.inf
+        if const_expr(sink is not None):
+            empty = Float32(sink[work.head])
+        rows = cutlass.min(first_row + self.config.tile_m, sequence.rows_q)
+        for row in cutlass.range(first_row, rows, unroll=1):
+            for column in cutlass.range(lane, self.kinds.head_dim_v, 32, unroll=1):
+                outputs.out[sequence.offset_q + row, column, work.head, batch] = self.dtype(0.0)
+        for row in cutlass.range(first_row + lane, rows, 32, unroll=1):
+            outputs.lse[sequence.offset_q + row, work.head, batch] = empty if row < sequence.seqlen_q else -Float32.inf
+
+    @cute.jit
+    def _write_past_the_end(self, outputs, extent, lengths, program, programs):
+        """Zeros and -inf in the rows after the last sequence, which usually do not exist."""
+        lane = cute.arch.lane_idx()
+        end = Int32(0)
+        if extent.batch > 0:
+            last = sequence_of(extent.batch - 1, lengths, extent)
+            end = last.offset_q + last.rows_q
+        for row in cutlass.range(end + program, extent.seqlen_q, programs, unroll=1):
+            for head in cutlass.range(extent.heads, unroll=1):
+                for column in cutlass.range(lane, self.kinds.head_dim_v, 32, unroll=1):
+                    outputs.out[row, column, head, 0] = self.dtype(0.0)
+                if lane == 0:
+                    outputs.lse[row, head, 0] = -Float32.inf
+
+    # Load ------------------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def load(self, mma_s, mma_o, maps, shared, rings):
+        """The load warp. Waits for empty slots of `q` and `kv`; TMA completes their full barriers.
+
+        Order of an item: K(end-1), Q, V(end-1), K(end-2), V(end-2), ... V(begin), running ahead of the MMAs by the
+        ring's slots and across items.
+        """
+        config = self.config
+        for atom in (maps.q, maps.k, maps.v, maps.out):
+            cpasync.prefetch_descriptor(atom)
+        thr_s, thr_o = mma_s.get_slice(0), mma_o.get_slice(0)
+        at, kv_at, q_laps = rings.items.start(), rings.kv.start(), Int32(0)
+        item = self._item(shared, rings, at)
+        while item.valid:
+            at = rings.items.next(at)
+            sequence, work = item.sequence, item.work
+            batch, head_kv = self._batch(work), work.head // self.kinds.group
+            m_q = cute.domain_offset((sequence.offset_q, 0), maps.m_q[None, None, work.head, batch])
+            m_k = cute.domain_offset((sequence.offset_k, 0), maps.m_k[None, None, head_kv, batch])
+            if const_expr(self.ragged_k):
+                m_v = maps.m_v[None, None, head_kv, batch, sequence.offset_k + sequence.seqlen_k]
+                m_v = cute.domain_offset((0, RAGGED_ROWS - sequence.seqlen_k), m_v)
+            else:
+                m_v = maps.m_v[None, None, head_kv, batch]
+            g_q = cute.local_tile(m_q, (config.tile_m, config.head_dim), (None, 0))
+            g_k = cute.local_tile(m_k, (config.tile_n, config.head_dim), (None, 0))
+            g_v = cute.local_tile(m_v, (config.head_dim_v, config.tile_n), (0, None))
+            t_sq, t_gq = _boxes(maps.q, shared.q, thr_s.partition_A(g_q), 3)
+            t_sk, t_gk = _boxes(maps.k, shared.k, thr_s.partition_B(g_k), 3)
+            t_sv, t_gv = _boxes(maps.v, shared.v, thr_o.partition_B(g_v), 3)
+
+            self._load(rings.kv, kv_at, maps.k, t_gk[None, item.end - 1], t_sk, config.k_bytes)
+            kv_at = rings.kv.next(kv_at)
+            for i in cutlass.range_constexpr(config.q_tiles):
+                if item.span(i).begin < item.span(i).end:
+                    q_tile = t_gq[None, config.q_tiles * work.tile + i]
+                    self._load(rings.q, slot_of(i, q_laps), maps.q, q_tile, t_sq, config.q_bytes)
+                    q_laps = lap_of(i, q_laps)
+            self._load(rings.kv, kv_at, maps.v, t_gv[None, item.end - 1], t_sv, config.v_bytes)
+            kv_at = rings.kv.next(kv_at)
+            for n in cutlass.range(item.end - item.begin - 1, unroll=1):
+                tile = item.end - 2 - n
+                self._load(rings.kv, kv_at, maps.k, t_gk[None, tile], t_sk, config.k_bytes)
+                kv_at = rings.kv.next(kv_at)
+                self._load(rings.kv, kv_at, maps.v, t_gv[None, tile], t_sv, config.v_bytes)
+                kv_at = rings.kv.next(kv_at)
+            item = self._item(shared, rings, at)
+
+    @cute.jit
+    def _load(self, ring, at, atom, source, target, size: cutlass.Constexpr[int]):
+        ring.acquire(at)
+        with cute.arch.elect_one():
+            ring.expect(at, size)
+        cute.copy(atom, source, target[None, at.index], tma_bar_ptr=ring.full_barrier(at))
+
+    # MMA -------------------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def multiply(self, mma_s, mma_o, shared, rings):
+        """The MMA warp. Waits for Q, K and V, and for P with O rescaled; commits complete `s`, `o` and the empty slots.
+
+        In turns over the Q tiles, O += P V of key tile n, then S of key tile n - 1, which may overwrite that P: MMAs of
+        one thread run in order. At an item's end S of the next item takes the place of S of tile n - 1.
+        """
+        config = self.config
+        operands = self._operands(mma_s, mma_o, shared)
+        at, kv_at, q_laps, s_laps = rings.items.start(), rings.kv.start(), Int32(0), Int32(0)
+        item = self._item(shared, rings, at)
+        at = rings.items.next(at)
+        if item.valid:
+            rings.kv.wait(kv_at)
+            for i in cutlass.range_constexpr(config.q_tiles):
+                q_laps = self._scores(operands, rings, i, item.span(i), item.end - 1, kv_at, q_laps)
+            rings.kv.release_by_mma(kv_at.index)
+            kv_at = rings.kv.next(kv_at)
+        while item.valid:
+            for n in cutlass.range(item.end - item.begin - 1, unroll=1):
+                tile = item.end - 1 - n
+                k_at = rings.kv.next(kv_at)
+                rings.kv.wait(kv_at)
+                for i in cutlass.range_constexpr(config.q_tiles):
+                    s_laps = self._values(operands, rings, i, item.span(i), tile, kv_at, s_laps)
+                    if const_expr(i == 0):
+                        rings.kv.wait(k_at)
+                    else:
+                        rings.kv.release_by_mma(kv_at.index)
+                    q_laps = self._scores(operands, rings, i, item.span(i), tile - 1, k_at, q_laps)
+                rings.kv.release_by_mma(k_at.index)
+                kv_at = rings.kv.next(k_at)
+            done = item
+            if const_expr(not config.o_replaces_q):
+                for i in cutlass.range_constexpr(config.q_tiles):
+                    if done.span(i).begin < done.span(i).end:
+                        rings.q.release_by_mma(i)
+            item = self._item(shared, rings, at)
+            at = rings.items.next(at)
+            k_at = rings.kv.next(kv_at)
+            rings.kv.wait(kv_at)
+            for i in cutlass.range_constexpr(config.q_tiles):
+                s_laps = self._values(operands, rings, i, done.span(i), done.begin, kv_at, s_laps)
+                if const_expr(not config.o_replaces_q):
+                    if item.valid:
+                        if const_expr(i == 0):
+                            rings.kv.wait(k_at)
+                        q_laps = self._scores(operands, rings, i, item.span(i), item.end - 1, k_at, q_laps)
+            rings.kv.release_by_mma(kv_at.index)
+            kv_at = k_at
+            if item.valid:
+                if const_expr(config.o_replaces_q):  # Q is not there before both Os have left its place
+                    rings.kv.wait(k_at)
+                    for i in cutlass.range_constexpr(config.q_tiles):
+                        q_laps = self._scores(operands, rings, i, item.span(i), item.end - 1, k_at, q_laps)
+                rings.kv.release_by_mma(k_at.index)
+                kv_at = rings.kv.next(k_at)
+
+    def _operands(self, mma_s, mma_o, shared):
+        """Descriptors of shared memory and addresses of tensor memory, as the MMAs take them.
+
+        Tensor memory starts at column 0: the block allocates all of it.
+        """
+        config = self.config
+        tile_s, tile_o = self._mma_tiles()
+        s = mma_s.make_fragment_C(mma_s.partition_shape_C(tile_s[:2]))
+        o = mma_o.make_fragment_C(mma_o.partition_shape_C(tile_o[:2]))
+        layout_p = blackwell.make_smem_layout_a(mma_o, tile_o, self.dtype, 1)
+        p = mma_o.make_fragment_A(cute.make_tensor(s.iterator, layout_p.outer))[None, None, None, 0]
+        words = Float32.width // self.dtype.width
+        p_columns = [(column + config.p_offset) * words for column in config.s_columns]
+        return _Operands(
+            mma_s.make_fragment_A(shared.q),
+            mma_s.make_fragment_B(shared.k),
+            mma_o.make_fragment_B(shared.v),
+            [cute.make_tensor(s.iterator + column, s.layout) for column in config.s_columns],
+            [cute.make_tensor(p.iterator + column, p.layout) for column in p_columns],
+            [cute.make_tensor(o.iterator + column, o.layout) for column in config.o_columns],
+        )
+
+    @cute.jit
+    def _scores(self, operands, rings, i: cutlass.Constexpr[int], span, tile, k_at, q_laps):
+        """S of Q tile i and a key tile, if the Q tile visits it; returns `q`'s laps."""
+        if tile >= span.begin and tile < span.end:
+            if tile == span.end - 1:
+                rings.q.wait(slot_of(i, q_laps))
+                q_laps = lap_of(i, q_laps)
+            mma_s, _ = self._mmas()
+            for k in cutlass.range_constexpr(cute.size(operands.q, mode=[2])):
+                mma_s.set(tcgen05.Field.ACCUMULATE, k > 0)
+                a, b = operands.q[None, None, k, i], operands.k[None, None, k, k_at.index]
+                cute.gemm(mma_s, operands.s[i], a, b, operands.s[i])
+            rings.s.publish_by_mma(i)
+        return q_laps
+
+    @cute.jit
+    def _values(self, operands, rings, i: cutlass.Constexpr[int], span, tile, v_at, s_laps):
+        """O += P V of Q tile i and a key tile, if the Q tile visits it; returns `s`'s laps.
+
+        Starts when the first columns of P are there and O is rescaled, and waits once more for the rest of P.
+        """
+        if tile >= span.begin and tile < span.end:
+            rings.s.wait_released(slot_of(i, s_laps))
+            _, mma_o = self._mmas()
+            mma_o.set(tcgen05.Field.ACCUMULATE, tile < span.end - 1)
+            steps = cute.size(operands.v, mode=[2])
+            for k in cutlass.range_constexpr(steps):
+                if const_expr(k * self.config.tile_n // steps == self.config.p_first):
+                    rings.p_rest.wait(slot_of(i, s_laps))
+                a, b = operands.p[i][None, None, k], operands.v[None, None, k, v_at.index]
+                cute.gemm(mma_o, operands.o[i], a, b, operands.o[i])
+                mma_o.set(tcgen05.Field.ACCUMULATE, True)
+            if tile == span.begin:
+                rings.o.publish_by_mma(i)
+            s_laps = lap_of(i, s_laps)
+        return s_laps
+
+    # Softmax ---------------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def softmax(self, mma_s, shared, rings, values, outputs):
+        """A softmax warpgroup, one thread a row of its Q tile. Waits for S.
+
+        Signals a tile's factors to the correction warp of the same rows, then the first columns of P, then the rest;
+        after an item's last tile, when correction has read the item before, the row sums and pivots.
+        """
+        config = self.config
+        thread, _, _ = cute.arch.thread_idx()
+        row = thread % config.tile_m
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        i = warp // roles.SOFTMAX_WARPS
+        t_s = mma_s.make_fragment_C(mma_s.partition_shape_C((config.tile_m, config.tile_n)))[(None, None), 0, 0]
+        t_s = cute.make_tensor(t_s.iterator + i * config.tile_n, t_s.layout)
+        state = _SoftmaxState(i, row, warp, TmemRows(t_s, warp % roles.SOFTMAX_WARPS), shared, rings, values)
+        at, s_at, sums_at = rings.items.start(), Cursor(i, Int32(0)), Cursor(i, Int32(0))
+        item = self._item(shared, rings, at)
+        while item.valid:
+            at = rings.items.next(at)
+            span = item.upper
+            if i == 1:
+                span = item.lower
+            if span.begin < span.end:
+                pivot, total, skips = -Float32.inf, Float32(0.0), Int32(0)
+                keys = self._visible(state, item, values)
+                for n in cutlass.range(span.end - span.full_end, unroll=1):
+                    tile = span.end - 1 - n
+                    pivot, total, skips = self._tile(state, s_at, pivot, total, skips, n == 0, keys, tile)
+                    s_at = Cursor(i, s_at.phase ^ 1)
+                for n in cutlass.range(span.full_end - span.full_begin, unroll=1):
+                    first = span.full_end - n == span.end
+                    pivot, total, skips = self._tile(state, s_at, pivot, total, skips, first, None, None)
+                    s_at = Cursor(i, s_at.phase ^ 1)
+                if const_expr(self.kinds.window_left):
+                    for n in cutlass.range(span.full_begin - span.begin, unroll=1):
+                        tile = span.full_begin - 1 - n
+                        first = tile + 1 == span.end
+                        pivot, total, skips = self._tile(state, s_at, pivot, total, skips, first, keys, tile)
+                        s_at = Cursor(i, s_at.phase ^ 1)
+                rings.sums.acquire(sums_at)
+                shared.sum[row, i] = total
+                shared.pivot[row, i] = pivot
+                rings.sums.publish(sums_at)
+                sums_at = Cursor(i, sums_at.phase ^ 1)
+                if const_expr(self.counted):
+                    self._count(outputs, item, span, i * config.tile_m + row, skips)
+            item = self._item(shared, rings, at)
+
+    @cute.jit
+    def _visible(self, state, item, values):
+        """First visible key of the thread's row, and the key after its last."""
+        row = item.work.tile * self.config.rows + state.i * self.config.tile_m + state.row
+        window = Window(values.window_left, values.window_right)
+        return visible_keys(row, item.sequence.seqlen_q, item.sequence.seqlen_k, window)
+
+    @cute.jit
+    def _tile(self, state, s_at, pivot, total, skips, first, keys, tile):
+        """One key tile: S to P, and the row's pivot, sum of weights and skips. Masked if `keys` is given."""
+        config, values, rings = self.config, state.values, state.rings
+        rings.s.wait(s_at)
+        r_s = state.tmem.load(0, config.tile_n)
+        if const_expr(self.kinds.softcap):
+            for c in cutlass.range_constexpr(config.tile_n):
+                r_s[c] = tanh(r_s[c] * values.capped_scale)
+        share = config.share
+        if const_expr(keys is not None):
+            first_key = None
+            if const_expr(self.kinds.window_left):
+                first_key = keys[0] - tile * config.tile_n
+            hide(r_s, first_key, keys[1] - tile * config.tile_n)
+            share = Exp2Share()  # masks keep the ALUs busy, and rows of few keys want the exponent exact
+
+        before = pivot
+        pivot, factor = follow(before, row_max(r_s) * values.scale_log2, values.threshold)
+        if const_expr(self.counted):
+            skips = skips + Int32(before > -Float32.inf and pivot == before)
+        s_factor = state.shared.factor
+        if not first:
+            s_factor[state.row, state.i] = factor
+            cute.arch.barrier_arrive(barrier_id=FACTOR_BARRIER + state.warp, number_of_threads=2 * roles.WARP)
+
+        scale_and_shift(r_s, values.scale_log2, bias(pivot))
+        for f in cutlass.range_constexpr(config.tile_n // FRAGMENT):
+            state.tmem.store(config.p_offset + f * FRAGMENT // 2, exponentiate(r_s, f, share, self.dtype))
+            if const_expr((f + 1) * FRAGMENT == config.p_first):
+                cute.arch.fence_view_async_tmem_store()
+                rings.s.release(s_at)
+        cute.arch.fence_view_async_tmem_store()
+        rings.p_rest.publish(s_at)
+        return pivot, row_sum(r_s, total * factor), skips
+
+    @cute.jit
+    def _count(self, outputs, item, span, row, skips):
+        """For tests: key tiles visited and rescales skipped of the thread's row."""
+        at = item.work.tile * self.config.rows + row
+        if at < item.sequence.rows_q:
+            at = at + item.sequence.offset_q
+            if const_expr(self.kinds.varlen):
+                outputs.counts[item.work.head, at, 0] = span.end - span.begin
+                outputs.counts[item.work.head, at, 1] = skips
+            else:
+                outputs.counts[item.work.batch, item.work.head, at, 0] = span.end - span.begin
+                outputs.counts[item.work.batch, item.work.head, at, 1] = skips
+
+    # Correction ------------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def correct(self, mma_o, shared, rings, outputs, sink):
+        """The correction warpgroup, one thread a row of both Q tiles. Waits for a tile's factors, but the first's.
+
+        Lets go of `s` when O may be accumulated on: at once for an item's first tile; for the others after the vote,
+        and after the rescale if a row of the warp has a factor below 1.
+        """
+        config = self.config
+        thread, _, _ = cute.arch.thread_idx()
+        row = thread % config.tile_m
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % roles.CORRECTION_WARPS
+        t_o = mma_o.make_fragment_C(mma_o.partition_shape_C((config.tile_m, config.head_dim_v)))[(None, None), 0, 0]
+        t_o = [cute.make_tensor(t_o.iterator + column, t_o.layout) for column in config.o_columns]
+        tmem = [TmemRows(tile, warp) for tile in t_o]
+        for i in cutlass.range_constexpr(config.q_tiles):
+            rings.s.release(Cursor(Int32(i), Int32(0)))
+        at, laps = rings.items.start(), Int32(0)
+        item = self._item(shared, rings, at)
+        while item.valid:
+            at = rings.items.next(at)
+            for n in cutlass.range(item.end - item.begin - 1, unroll=1):
+                tile = item.end - 2 - n
+                for i in cutlass.range_constexpr(config.q_tiles):
+                    if tile >= item.span(i).begin and tile < item.span(i).end - 1:
+                        barrier = FACTOR_BARRIER + roles.SOFTMAX_WARPS * i + warp
+                        cute.arch.barrier(barrier_id=barrier, number_of_threads=2 * roles.WARP)
+                        factor = shared.factor[row, i]
+                        if cute.arch.vote_any_sync(factor < 1.0):
+                            self._rescale(tmem[i], factor)
+                        rings.s.release(Cursor(Int32(i), Int32(0)))
+            for i in cutlass.range_constexpr(config.q_tiles):
+                if item.span(i).begin < item.span(i).end:
+                    self._finish(tmem[i], i, row, shared, rings, outputs, sink, item, slot_of(i, laps))
+                    laps = lap_of(i, laps)
+            item = self._item(shared, rings, at)
+        cute.arch.barrier_arrive(barrier_id=TMEM_BARRIER, number_of_threads=config.correction_threads + roles.WARP)
+
+    @cute.jit
+    def _rescale(self, tmem, factor):
+        """Multiplies the warp's rows of O in tensor memory by their factors."""
+        for c in cutlass.range_constexpr(0, self.config.head_dim_v, 32):
+            r_o = tmem.load(c, 32)
+            for e in cutlass.range_constexpr(0, 32, 2):
+                r_o[e], r_o[e + 1] = cute.arch.mul_packed_f32x2((r_o[e], r_o[e + 1]), (factor, factor))
+            tmem.store(c, r_o)
+        cute.arch.fence_view_async_tmem_store()
+
+    @cute.jit
+    def _finish(self, tmem, i: cutlass.Constexpr[int], row, shared, rings, outputs, sink, item, slot):
+        """Normalises O of Q tile i on its way to shared memory, and writes the LSE.
+
+        Waits for the row sums, for the last O and for the last output to have left; lets go of them and of O.
+        """
+        config, width = self.config, 32
+        rings.sums.wait(slot)
+        total, pivot = shared.sum[row, i], shared.pivot[row, i]
+        rings.sums.release(slot)
+        sink_log2 = None
+        if const_expr(sink is not None):
+            sink_log2 = Float32(sink[item.work.head]) * LOG2_E
+        scale, lse = finish(pivot, total, sink_log2)
+        at = item.work.tile * config.rows + i * config.tile_m + row
+        within = at < item.sequence.seqlen_q
+        if at < item.sequence.rows_q:
+            if const_expr(self.kinds.seqused_q):
+                lse = lse if within else -Float32.inf
+            outputs.lse[item.sequence.offset_q + at, item.work.head, self._batch(item.work)] = lse
+        rings.o.wait(slot)
+        rings.out.acquire(slot)
+        # Through an opaque instruction: else the row's 2 x 16 addresses are computed ahead of all items, and spill.
+        here = cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[row])
+        s_row = shared.out[here, None, i]
+        for c in cutlass.range_constexpr(0, config.head_dim_v, width):
+            r_o = tmem.load(c, width)
+            r_out = cute.make_rmem_tensor(width, self.dtype)
+            words = cute.recast_tensor(r_out, Int32)
+            for e in cutlass.range_constexpr(0, width, 2):
+                pair = cute.arch.mul_packed_f32x2((r_o[e], r_o[e + 1]), (scale, scale))
+                if const_expr(self.kinds.seqused_q):
+                    pair = (pair[0] if within else Float32(0.0), pair[1] if within else Float32(0.0))
+                words[e // 2] = pack(*pair, self.dtype)
+            for e in cutlass.range_constexpr(0, width, 8):
+                chunk = cute.make_tensor(r_out.iterator + e, cute.make_layout(8))
+                cute.autovec_copy(chunk, cute.local_tile(s_row, (8,), ((c + e) // 8,)))
+        rings.s.release(slot)
+        cute.arch.fence_view_async_shared()
+        rings.out.publish(slot)
+
+    # Store -----------------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def store(self, maps, shared, rings):
+        """The store warp: the output by TMA. Waits for `out`; lets go of it when shared memory has been read."""
+        config = self.config
+        at, laps = rings.items.start(), Int32(0)
+        item = self._item(shared, rings, at)
+        while item.valid:
+            at = rings.items.next(at)
+            sequence, work = item.sequence, item.work
+            if const_expr(self.kinds.varlen):
+                m_o = maps.m_out[None, None, work.head, 0, sequence.offset_q + sequence.rows_q]
+                m_o = cute.domain_offset((RAGGED_ROWS - sequence.rows_q, 0), m_o)
+            else:
+                m_o = maps.m_out[None, None, work.head, work.batch]
+            g_o = cute.local_tile(m_o, (config.tile_m, config.head_dim_v), (None, 0))
+            t_so, t_go = _boxes(maps.out, shared.out, g_o, 2)
+            for i in cutlass.range_constexpr(config.q_tiles):
+                if item.span(i).begin < item.span(i).end:
+                    rings.out.wait(slot_of(i, laps))
+                    cute.copy(maps.out, t_so[None, i], t_go[None, config.q_tiles * work.tile + i])
+                cute.arch.cp_async_bulk_commit_group()
+            for i in cutlass.range_constexpr(config.q_tiles):
+                cute.arch.cp_async_bulk_wait_group(config.q_tiles - 1 - i, read=True)
+                if item.span(i).begin < item.span(i).end:
+                    with cute.arch.elect_one():
+                        rings.out.release(slot_of(i, laps))
+                        if const_expr(config.o_replaces_q):
+                            rings.q.release(slot_of(i, laps))
+                    laps = lap_of(i, laps)
+            item = self._item(shared, rings, at)
+
+
+class _Maps(NamedTuple):
+    """TMA copies with the coordinate tensors that they read or write."""
+
+    q: cute.CopyAtom
+    m_q: cute.Tensor
+    k: cute.CopyAtom
+    m_k: cute.Tensor
+    v: cute.CopyAtom
+    m_v: cute.Tensor
+    out: cute.CopyAtom
+    m_out: cute.Tensor
+
+
+class _Outputs(NamedTuple):
+    """What the kernel writes by ordinary stores, and the counter that items are drawn from."""
+
+    out: cute.Tensor
+    lse: cute.Tensor
+    counter: cute.Tensor | None
+    counts: cute.Tensor | None
+
+
+class _Rings(NamedTuple):
+    items: Ring
+    q: MmaRing
+    s: MmaRing
+    p_rest: Signal
+    o: Signal
+    sums: Ring
+    out: Ring
+    kv: MmaRing
+
+
+class _Shared(NamedTuple):
+    """Shared memory; slots or Q tiles are the last mode."""
+
+    items: cute.Tensor
+    factor: cute.Tensor
+    sum: cute.Tensor
+    pivot: cute.Tensor
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    out: cute.Tensor
+
+
+class _Operands(NamedTuple):
+    """What the MMAs read and write; s, p and o have an entry a Q tile."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    s: list
+    p: list
+    o: list
+
+
+class _Item(NamedTuple):
+    """A work item: key tiles `[begin, end)` are loaded; `upper` and `lower` are those of Q tile 0 and of Q tile 1."""
+
+    valid: Boolean
+    work: WorkItem
+    sequence: Sequence
+    begin: Int32
+    end: Int32
+    upper: Span
+    lower: Span
+
+    def span(self, i: int) -> Span:
+        """The key tiles that Q tile i visits."""
+        return self.upper if i == 0 else self.lower
+
+
+class _SoftmaxState(NamedTuple):
+    """What stays the same over a softmax thread's tiles. warp: of the block."""
+
+    i: Int32
+    row: Int32
+    warp: Int32
+    tmem: TmemRows
+    shared: _Shared
+    rings: _Rings
+    values: Values
+
+
+def _ragged(tensor: cute.Tensor) -> cute.Tensor:
+    """A (S, D, H, B) tensor as (2^30, D, H, B, end), in which TMA sees one sequence end.
+
+    Row 2^30 - length + r of `end` = offset + length is row offset + r of the tensor, and rows from 2^30 on do not
+    exist: TMA reads zeros there and writes nothing. The base is moved 2^30 rows down, which no access ever reaches.
+    """
+    shape, stride = tensor.layout.shape, tensor.layout.stride
+    layout = cute.make_layout((RAGGED_ROWS, *shape[1:], RAGGED_ROWS), stride=(*stride, stride[0]))
+    moved = cute.domain_offset((-RAGGED_ROWS, 0, 0, 0), tensor)
+    return cute.make_tensor(moved.iterator, layout)
+
+
+def _slots_apart(layout, slots: int, apart: int):
+    """A tile layout with its slots, the last mode, `apart` elements from each other."""
+    tile = cute.select(layout.outer, list(range(cute.rank(layout.outer) - 1)))
+    spread = cute.append(tile, cute.make_layout(slots, stride=apart))
+    return cute.make_composed_layout(layout.inner, 0, spread)
+
+
+def _boxes(atom: cute.CopyAtom, shared: cute.Tensor, tiles: cute.Tensor, modes: int):
+    """Both sides of a TMA copy: (box, slot) in shared memory and (box, tile) in global memory."""
+    return cpasync.tma_partition(
+        atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, modes), cute.group_modes(tiles, 0, modes)
+    )

@@ -1,0 +1,73 @@
+"""What the tensor cores add to `pipelines.Ring`: barriers that complete when the MMAs issued so far have finished.
+
+A commit arrives once, by one thread, when every earlier `tcgen05.mma` of that thread is done (PTX ISA 8.8, 9.7.16.12).
+
+In most rings here each Q tile keeps a slot of its own, and visits it once a lap. `laps` is then a word whose bit i is
+the parity of Q tile i's lap; Q tiles may be on different laps, since they may see different numbers of key tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cutlass.cute as cute
+from cutlass import Int32
+from cutlass.cute.nvgpu import tcgen05
+
+from fa4_cute.pipelines import Cursor, Ring
+
+
+def slot_of(i: int | Int32, laps: Int32) -> Cursor:
+    """Q tile i's slot, on its lap."""
+    return Cursor(Int32(i), (laps >> i) & 1)
+
+
+def lap_of(i: int, laps: Int32) -> Int32:
+    """`laps` with Q tile i one lap on."""
+    return laps ^ (1 << i)
+
+
+@dataclass(frozen=True)
+class MmaRing(Ring):
+    """A ring whose producer or consumer is the MMA warp. The committing methods are for a converged warp."""
+
+    def publish_by_mma(self, index: int | Int32) -> None:
+        """Producer: the slot holds what the MMAs issued so far leave there."""
+        with cute.arch.elect_one():
+            tcgen05.commit(self.barriers + index)
+
+    def release_by_mma(self, index: int | Int32) -> None:
+        """Consumer: lets go of the slot when the MMAs issued so far have read it."""
+        with cute.arch.elect_one():
+            tcgen05.commit(self.barriers + self.slots + index)
+
+    def wait_released(self, cursor: Cursor) -> None:
+        """Producer: waits until the consumers of this lap have let go of the slot."""
+        cute.arch.mbarrier_wait(self.barriers + self.slots + cursor.index, cursor.phase)
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One barrier for each of `slots`: full barriers of a ring whose slots are let go of by way of another ring."""
+
+    barriers: cute.Pointer
+    slots: int
+    arrivals: int
+
+    def init(self) -> None:
+        """Initialises the barriers; one thread calls it, before a fence and a barrier of the block."""
+        for slot in range(self.slots):
+            cute.arch.mbarrier_init(self.barriers + slot, self.arrivals)
+
+    def publish(self, cursor: Cursor) -> None:
+        """Each of the producer's threads arrives."""
+        cute.arch.mbarrier_arrive(self.barriers + cursor.index)
+
+    def publish_by_mma(self, index: int) -> None:
+        """As `MmaRing.publish_by_mma`."""
+        with cute.arch.elect_one():
+            tcgen05.commit(self.barriers + index)
+
+    def wait(self, cursor: Cursor) -> None:
+        """Waits for this lap's arrivals."""
+        cute.arch.mbarrier_wait(self.barriers + cursor.index, cursor.phase)

@@ -1,0 +1,118 @@
+"""The project's CuTe DSL kernels on CPU tensors: compiled for a GPU, run in the emulator, behind the project's own API.
+
+Inside `emulated_cute("sm_100a")`, `dispatch.attention(q, k, v, backend="cute")` on CPU tensors checks, pads and
+differentiates as on a GPU; each forward compiles for that architecture and runs here.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cute_compile import Request, compile_kernel
+from .cute_host import HostFunction
+from .launcher import load_program
+from .machine import Result
+from .program import Program
+
+FACTORIES = {"sm_90a": "fa4_cute.sm90_forward:Sm90Forward", "sm_100a": "fa4_cute.sm100_forward:Sm100Forward",
+             "sm_103a": "fa4_cute.sm100_forward:Sm100Forward"}  # fmt: skip
+MAX_DYNAMIC_SHARED = 232448
+
+
+@functools.lru_cache(maxsize=64)
+def kernel(request: Request) -> tuple[Program, HostFunction]:
+    """A compiled kernel, ready to run."""
+    kept = compile_kernel(request)
+    program = load_program(kept.ptx)
+    return program, HostFunction(kept.ir, program.kernel.name)
+
+
+def run(request: Request, arguments: list[Any], *, seed: int = 0, program: Program | None = None, **machine) -> Result:
+    """Calls a kernel's host function. program: runs in place of the compiled one. machine: options of `Machine`."""
+    compiled, host = kernel(request)
+    machine.setdefault("dynamic_shared", MAX_DYNAMIC_SHARED)
+    return host.call(program or compiled, arguments, seed=seed, **machine)
+
+
+def request_of(problem, inputs, arch: str, config: Any = None, counted: bool = False) -> Request:
+    """What is compiled for a checked problem; config: the kernel's own type, None for its choice."""
+    sink_dtype = None if inputs.sink is None else inputs.sink.dtype
+    return Request(arch, FACTORIES[arch], (problem.kinds, config, counted), (problem.kinds, sink_dtype, counted))
+
+
+def forward(
+    problem,
+    inputs,
+    arch: str,
+    config: Any = None,
+    *,
+    counted: bool = False,
+    programs: int = 2,
+    seed: int = 0,
+    observe: Callable[[Request, Result], None] | None = None,
+    **machine,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Out, LSE and counts (rows' key tiles visited and rescales skipped) of a checked problem, on `programs` blocks."""
+    from fa4_cute.params import drawn
+
+    kinds = problem.kinds
+    out = torch.full(problem.out_shape, math.nan, dtype=inputs.q.dtype)
+    lse = torch.full(problem.lse_shape, math.nan)
+    counts = torch.full((*problem.lse_shape, 2), -1, dtype=torch.int32) if counted else None
+    counter = torch.zeros(2, dtype=torch.int32) if drawn(kinds) else None
+    scale = problem.softcap if kinds.softcap else problem.softmax_scale
+    arguments = [
+        inputs.q, inputs.k, inputs.v, out, lse, inputs.sink, inputs.cu_seqlens_q, inputs.cu_seqlens_k,
+        inputs.seqused_q, inputs.seqused_k, scale * math.log2(math.e),
+        problem.softmax_scale / problem.softcap if kinds.softcap else None,
+        problem.window_left if kinds.window_left else None, problem.window_right if kinds.window_right else None,
+        problem.rescale_threshold, 4, programs, counter, counts,
+    ]  # fmt: skip
+    if problem.total_q > 0 and problem.batch > 0:
+        request = request_of(problem, inputs, arch, config, counted)
+        result = run(request, arguments, seed=seed, **machine)
+        if observe is not None:
+            observe(request, result)
+    else:
+        out.zero_()
+        lse.fill_(-math.inf)
+    if counter is not None and counter.any():
+        raise AssertionError(f"the launch left its counter at {counter.tolist()}")
+    return out, lse, counts
+
+
+@contextmanager
+def emulated_cute(arch: str, *, config: Any = None, **options) -> Iterator[None]:
+    """Runs the `cute` backend's forward for `arch`; options as `forward` takes them."""
+    import fa4_cute
+    from fa4_cute import sm100_config
+
+    backend = type(fa4_cute.BACKEND)
+
+    def run_forward(self, problem, inputs):
+        return forward(problem, inputs, arch, config, **options)[:2]
+
+    replaced: dict[str, Any] = {
+        "unavailable": lambda self, device: None,
+        "missing": lambda self, kinds, device: sm100_config.missing(kinds) if arch.startswith("sm_10") else (),
+        "forward": run_forward,
+        "head_dim_multiple": 8,
+    }
+    original = {name: backend.__dict__.get(name) for name in replaced}
+    try:
+        for name, value in replaced.items():
+            setattr(backend, name, value)
+        yield
+    finally:
+        for name, value in original.items():
+            if value is None:
+                delattr(backend, name)
+            else:
+                setattr(backend, name, value)

@@ -1,0 +1,210 @@
+"""The project's CuTe DSL forward for SM100, executed: against float64, the Triton kernel and itself.
+
+No Blackwell GPU is at hand, so this is what its correctness rests on. Every run is race-checked, on a drawn schedule.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("cutlass") is None, reason="needs the package nvidia-cutlass-dsl"
+)
+dispatch = pytest.importorskip("dispatch", reason="run from the repository's root")
+
+from fa4_core.checks import check_forward  # noqa: E402
+from fa4_core.problem import Inputs, make_problem  # noqa: E402
+from fa4_core.strategies import Case  # noqa: E402
+
+from . import cute_backend  # noqa: E402
+from .cute_backend import emulated_cute  # noqa: E402
+from .launcher import TRITON_TOLERATES  # noqa: E402
+from .triton_backend import emulated_triton  # noqa: E402
+
+ARCH = "sm_100a"
+bf16, fp16 = torch.bfloat16, torch.float16
+
+FEATURES = {
+    "full-128": {"dtype": bf16, "head_dim": 128},
+    "causal-gqa-128": {"dtype": bf16, "head_dim": 128, "causal": True, "heads_q": 4, "heads_kv": 2},
+    "window-softcap-sink-64": {"dtype": bf16, "head_dim": 64, "window": (70, 9), "softcap": 5.0, "sink": "normal"},
+    "varlen-causal-64": {"dtype": bf16, "head_dim": 64, "varlen": True, "causal": True},
+    "varlen-used-left-96": {"dtype": fp16, "head_dim": 96, "varlen": True, "window": (40, None), "used": True},
+    "used-72": {"dtype": fp16, "head_dim": 72, "used": True},
+    "causal-192": {"dtype": bf16, "head_dim": 192, "head_dim_v": 128, "causal": True},
+}
+"""One compilation each; what a case adds is drawn."""
+
+# No shrinking: an example takes up to a second, and its seed replays it.
+_phases = (Phase.explicit, Phase.generate)
+_executed: dict = defaultdict(list)
+
+
+def attention(q, k, v, **options):
+    return dispatch.attention(q, k, v, backend="cute", **options)
+
+
+@st.composite
+def cases_of(draw, name):
+    """A case of a feature: lengths around the 256-row and 128-key tiles, magnitudes, threshold, seed."""
+    fixed = {"head_dim_v": FEATURES[name]["head_dim"], **FEATURES[name]}
+    packed, used = fixed.get("varlen", False), fixed.pop("used", False)
+    length = st.sampled_from((0, 1, 2, 127, 128, 129, 255, 256, 257, 300)) | st.integers(1, 400)
+    pairs = draw(st.lists(st.tuples(length, length), min_size=1, max_size=3 if packed else 1))
+    if not packed:
+        pairs = pairs * draw(st.integers(1, 2))
+    if used:
+        fixed["used"] = tuple(tuple(draw(st.integers(0, pair[side])) for pair in pairs) for side in (0, 1))
+    if packed:
+        fixed["tail"] = draw(st.tuples(st.sampled_from((0, 3)), st.sampled_from((0, 70))))
+    return Case(
+        lengths=tuple(pairs),
+        scores=draw(st.sampled_from(("normal", "large", "rising"))),
+        rescale_threshold=draw(st.sampled_from((8.0, 0.0))),
+        seed=draw(st.integers(0, 2**20)),
+        **fixed,
+    )
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@settings(max_examples=6, phases=_phases)
+@given(data=st.data(), seed=st.integers(0, 63), programs=st.integers(1, 3))
+def test_forward_is_within_its_budget(name, data, seed, programs):
+    """Wrong values, races, deadlocks, uninitialised reads and accesses out of bounds all fail."""
+    case = data.draw(cases_of(name))
+    call = case.build("cpu")
+    with emulated_cute(ARCH, seed=seed, programs=programs, observe=lambda r, result: _executed[name].append(result)):
+        report = check_forward(attention, call.q, call.k, call.v, **call.options)
+    assert report.passed, f"schedule {seed}, {programs} blocks: {case!r}\n{report}"
+
+
+@pytest.mark.parametrize("name", ["causal-gqa-128", "varlen-causal-64"])
+@settings(max_examples=3, phases=_phases)
+@given(data=st.data(), seed=st.integers(0, 63))
+def test_forward_agrees_with_the_triton_kernel(name, data, seed):
+    """Two kernels written apart, both compiled for sm_100 and executed: same masks, same rows, same rounding of P."""
+    case = data.draw(cases_of(name))
+    call = case.build("cpu")
+    with emulated_cute(ARCH, seed=seed):
+        ours, lse = attention(call.q, call.k, call.v, **call.options, return_lse=True)
+    with emulated_triton(100, tolerate=(*TRITON_TOLERATES, "missing proxy fence")):
+        triton, triton_lse = dispatch.attention(
+            call.q, call.k, call.v, **call.options, return_lse=True, backend="triton"
+        )
+    torch.testing.assert_close(lse, triton_lse, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(ours.float(), triton.float(), atol=2e-2, rtol=2e-2)
+
+
+def forward(q, k, v, *, config=None, counted=False, seed=0, programs=2, **options):
+    """Out, LSE and counts of a call in the dense layout."""
+    inputs = Inputs(q, k, v)
+    problem = make_problem(inputs, **options)
+    return cute_backend.forward(problem, inputs, ARCH, config, counted=counted, seed=seed, programs=programs)
+
+
+def simulated_skips(q, k, threshold):
+    """The pivot rule in NumPy, key tiles of 128 from right to left: a row's tiles after its first whose pivot stays."""
+    scores = np.einsum("bihd,bjhd->bhij", q.double().numpy(), k.double().numpy()) * q.shape[-1] ** -0.5
+    scores *= math.log2(math.e)
+    pivot = np.full(scores.shape[:-1], -np.inf)
+    skips = np.zeros(scores.shape[:-1], np.int64)
+    for first in range((scores.shape[-1] - 1) // 128 * 128, -1, -128):
+        highest = np.maximum(pivot, scores[..., first : first + 128].max(-1))
+        moved = highest - pivot > threshold
+        skips += np.isfinite(pivot) & ~moved
+        pivot = np.where(moved, highest, pivot)
+    return skips
+
+
+@pytest.mark.parametrize("scores", ["normal", "q x 16", "rising keys"])
+def test_skips_are_those_of_a_numpy_simulation(scores):
+    """A pivot followed where it should stay costs speed that no result shows; kept too long, it overflows fp16."""
+    g = torch.Generator().manual_seed(5)
+    q, k = torch.randn(1, 200, 1, 64, generator=g), torch.randn(1, 640, 1, 64, generator=g)
+    if scores == "q x 16":
+        q *= 16
+    elif scores == "rising keys":  # rising towards the left, since tiles are walked from the right
+        k = q.mean(1, keepdim=True) * torch.linspace(2500, 0, k.shape[1])[None, :, None, None]
+        q = q.mean(1, keepdim=True) + 0.01 * q
+    q, k = q.bfloat16(), k.bfloat16()
+    for threshold in (8.0, 0.0):
+        _, _, counts = forward(q, k, k, counted=True, rescale_threshold=threshold)
+        assert counts is not None
+        assert (counts[..., 0] == 5).all()
+        want = simulated_skips(q, k, threshold)
+        # float32 and float64 may fall on different sides of the threshold in a rare row.
+        assert (counts[..., 1].numpy() != want).mean() <= 0.01
+        if threshold == 8.0:
+            share = want.mean() / 4
+            assert share > 0.99 if scores == "normal" else share < 0.1 if scores == "rising keys" else True
+
+
+def test_a_nan_in_any_column_shows_in_every_row_that_sees_it():
+    """Software exponentials lose NaNs: the row maximum must carry them. Batch element b holds one at column 3 b."""
+    g = torch.Generator().manual_seed(0)
+    columns = range(0, 128, 3)
+    at = (range(len(columns)), columns)
+    q = torch.randn(len(columns), 2, 1, 64, generator=g).bfloat16()
+    k, v = (torch.randn(len(columns), 128, 1, 64, generator=g).bfloat16() for _ in range(2))
+    k[at] = math.nan
+    out, lse, _ = forward(q, k, v, config=emulating_most(), programs=4)
+    assert out.isnan().all()
+    assert lse.isnan().all()
+    q, k, v = (t[:9].clone() for t in (q, k, v))
+    k[:] = 0
+    k[range(9), range(20, 110, 10), 0, 0] = math.inf
+    q[..., 0] = 1
+    out, lse, _ = forward(q, k, v, config=emulating_most())  # inf - inf in every row, as in float64
+    assert out.isnan().all()
+
+
+def emulating_most():
+    """A configuration that emulates every exponential it can, but for a few of each row."""
+    from fa4_cute.sm100_config import Exp2Share, Sm100Config
+
+    share = Exp2Share(period=32, emulated=30, first=0, last=4)
+    return Sm100Config(64, 64, share)
+
+
+def test_nothing_crosses_a_sequence_or_a_row():
+    """NaN in every row of the neighbours' q, k and v, and past the rows in use, changes no bit."""
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(700, 1, 64, generator=g).bfloat16() for _ in range(3))
+    cu = torch.tensor([0, 150, 430, 700], dtype=torch.int32)
+    used = torch.tensor([150, 201, 270], dtype=torch.int32)
+    options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "seqused_k": used, "causal": True}
+    with emulated_cute(ARCH, seed=3):
+        clean = attention(q, k, v, **options, return_lse=True)
+        for t in (q, k, v):
+            t[:150] = math.nan
+            t[430:] = math.nan
+        k[150 + 201 : 430] = math.nan
+        v[150 + 201 : 430] = math.nan
+        dirty = attention(q, k, v, **options, return_lse=True)
+        assert torch.equal(clean[0][150:430], dirty[0][150:430])
+        assert torch.equal(clean[1][:, 150:430], dirty[1][:, 150:430])
+        q[250] = math.nan  # one query row
+        out = attention(q, k, v, **options)
+    rows = out[150:430].isnan().any(-1).any(-1)
+    assert rows.nonzero().flatten().tolist() == [100]
+
+
+def test_dense_is_varlen_and_no_block_count_or_schedule_changes_a_bit():
+    g = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, 300, 2, 64, generator=g).bfloat16() for _ in range(3))
+    cu = torch.tensor([0, 300], dtype=torch.int32)
+    results = []
+    for seed, programs in ((0, 1), (1, 2), (2, 4)):
+        with emulated_cute(ARCH, seed=seed, programs=programs):
+            results.append(attention(q, k, v, causal=True, return_lse=True))
+            packed = attention(q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, causal=True, return_lse=True)
+            results.append((packed[0][None], packed[1][None]))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
