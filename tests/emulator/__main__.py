@@ -45,7 +45,7 @@ def report(path: Path) -> int:
         limits = sorted({i.operands[0].value for i in code if i.op.startswith("setmaxnreg")})
         print(
             f"  threads {kernel.required_threads or 'any'}, setmaxnreg {limits or 'none'}, "
-            f"maxnreg {kernel.max_registers or 'none'}"
+            f"registers a thread at launch {kernel.launch_registers or 'unknown'}"
         )
         print(
             f"  parameters {len(kernel.params)}, {kernel.param_bytes} bytes; "

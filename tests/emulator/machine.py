@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .barriers import Rendezvous
-from .errors import Deadlock, Livelock, OutOfBounds, TensorMemoryError, Unsupported
+from .errors import Deadlock, EmulatorError, Livelock, OutOfBounds, TensorMemoryError, Unsupported
 from .frame import SHARED_RANK_SHIFT, Frame
 from .global_races import GlobalRaces
 from .hazards import EARLY_LOAD, Marks
 from .memory import GlobalMemory
 from .program import BRANCH, HANDLED, RUN, Program
 from .races import Actors, RaceLog, SharedShadow, TensorMemoryShadow
+from .tensor_memory import TensorMemory
 
 _WITHOUT_CONSEQUENCE = (
     "mbarrier.try_wait",
@@ -155,49 +156,6 @@ class Group:
     @property
     def frame(self) -> Frame:
         return self.cta.frame(self.lo, self.hi)
-
-
-class TensorMemory:
-    """TMEM of one CTA: 128 lanes by 512 columns of 32 bits, and its column allocator (PTX ISA 9.7.16.7)."""
-
-    LANES, COLUMNS = 128, 512
-
-    def __init__(self) -> None:
-        self.cells = np.full((self.LANES, self.COLUMNS), 0x7FBADBAD, np.uint32)
-        self.free = np.ones(self.COLUMNS, bool)
-        self.allocations: dict[int, int] = {}
-        self.permit_relinquished = False
-        # cta_group::2 allocates in both CTAs of a pair, once a warp of each asks: columns that a warp here waits for,
-        # and what the other CTA's warp then allocated here for it.
-        self.requested: int | None = None
-        self.granted: list[int] = []
-
-    def place(self, columns: int) -> int | None:
-        """Where an allocation would go; None if it has to wait."""
-        starts = range(0, self.COLUMNS + 1 - columns, 32)
-        return next((start for start in starts if self.free[start : start + columns].all()), None)
-
-    def allocate(self, columns: int) -> int:
-        start = self.place(columns)
-        if start is None:
-            raise TensorMemoryError(f"{columns} columns do not fit beside {self.allocations}")
-        self.free[start : start + columns] = False
-        self.allocations[start] = columns
-        return start
-
-    def release(self, start: int, columns: int, line: int) -> None:
-        if self.allocations.get(start) != columns:
-            raise TensorMemoryError(
-                f"line {line}: dealloc of {columns} columns at {start}; allocated: {self.allocations}"
-            )
-        del self.allocations[start]
-        self.free[start : start + columns] = True
-
-    def check(self, first: int, last: int, line: int, what: str) -> None:
-        if first < 0 or last >= self.COLUMNS or self.free[first : last + 1].any():
-            raise TensorMemoryError(
-                f"line {line}: {what} touches columns {first}..{last}; allocated: {self.allocations}"
-            )
 
 
 class Cta:
@@ -563,12 +521,23 @@ class Machine:
     def _end(self, cluster: Cluster) -> None:
         self.clusters.remove(cluster)
         for cta in cluster.ctas:
+            if self.hazards is not None and self.hazards.multiplied:
+                self._check_warpgroups(cta)
             if cta.tmem.allocations:
                 raise TensorMemoryError(f"CTA {cta.ctaid} ended with TMEM allocated: {cta.tmem.allocations}")
             for barrier in cta.mbarriers.values():
                 if barrier.tx:
                     self.note(f"{barrier} left with transaction count {barrier.tx}")
             self._spare_banks.append(cta.banks)
+
+    def _check_warpgroups(self, cta: Cta) -> None:
+        """wgmma is the work of four warps: one that takes another path would hang them on a GPU (PTX ISA 9.7.15)."""
+        for first in range(0, len(cta.warps), 4):
+            issued = [warp.pipe_stamp for warp in cta.warps[first : first + 4]]
+            if len(set(issued)) > 1:
+                raise EmulatorError(
+                    f"CTA {cta.ctaid}: the warps from {first} on, one warpgroup, executed {issued} wgmma"
+                )
 
     def _poll(self) -> None:
         self.dirty = False

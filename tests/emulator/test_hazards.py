@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from .errors import RaceError
+from .errors import EmulatorError, RaceError
 from .hazards import EARLY_LOAD, EARLY_MMA, UNFENCED
 from .kernels import kernel
 from .launcher import launch
@@ -54,6 +54,16 @@ def test_a_move_behind_the_fence_only_renames():
     RegisterProduct("f16", 8, "f32").run(fence=copies.format("xor.b32 %r8, %r8, 0;" + fence))
     with pytest.raises(RaceError, match=UNFENCED):
         RegisterProduct("f16", 8, "f32").run(fence=fence + copies.format("xor.b32 %r8, %r8, 0;"))
+
+
+@seeds
+def test_wgmma_that_one_warp_goes_around_is_an_error(seed):
+    """PTX ISA 9.7.15: all four warps of a warpgroup execute it. In this machine the other three would just go on."""
+    around = "setp.ge.u32 %p5, %t, {}; @%p5 bra AROUND; wgmma.fence.sync.aligned;"
+    product, wait = RegisterProduct("f16", 8, "f32"), WAIT + " AROUND:"
+    product.run(seed, fence=around.format(128), wait=wait)
+    with pytest.raises(EmulatorError, match=r"executed \[1, 1, 1, 0\] wgmma"):
+        product.run(seed, fence=around.format(96), wait=wait)
 
 
 LOAD = """mov.b32 %r1, smem; setp.lt.u32 %p1, %t, 32;
