@@ -159,7 +159,7 @@ def add_queries(
         row = first + tl.arange(0, TILE_M)
         q_tile = load_zeroed(q, span_q, head_q, first, PARTIAL, TILE_M, DIM, D)
         row_lse = load_numbers(pairs, span_pairs, head_q, first, 0, PARTIAL, TILE_M)
-        scores, slope_factor = score_slope(values, tl.dot(k_tile, q_tile.T, input_precision="ieee"))
+        scores, slope_factor = score_slope(values, tl.dot(k_tile, q_tile.T, input_precision=values.precision))
         p = tl.exp2(scores - row_lse[None, :])
         if MASKED:
             key = first_k + tl.arange(0, TILE_N)
@@ -170,14 +170,14 @@ def add_queries(
             # Rows past the end are zeros, and 0 times an infinite key is a score of NaN.
             p = tl.where((row < span_q.length)[None, :], p, 0.0)
         do_tile = load_zeroed(dout, span_q, head_q, first, PARTIAL, TILE_M, DIM_V, DV)
-        dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, grads[1], input_precision="ieee")
+        dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, grads[1], input_precision=values.precision)
         row_slope = load_numbers(pairs, span_pairs, head_q, first, 1, PARTIAL, TILE_M)
         if PARTIAL:
             row_slope = tl.where(row < span_q.length, row_slope, 0.0)
-        ds = p * (tl.dot(v_tile, do_tile.T, input_precision="ieee") - row_slope[None, :])
+        ds = p * (tl.dot(v_tile, do_tile.T, input_precision=values.precision) - row_slope[None, :])
         if values.softcap is not None:
             ds = ds * slope_factor
-        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, grads[0], input_precision="ieee")
+        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, grads[0], input_precision=values.precision)
         grads = (dk_acc, dv_acc)
     return grads
 
@@ -256,9 +256,9 @@ def add_keys(
         key = first + tl.arange(0, TILE_N)
         k_tile = load_zeroed(k, span_k, head_kv, first, PARTIAL, TILE_N, DIM, D)
         v_tile = load_rows(v, span_k, head_kv, first, PARTIAL, TILE_N, DIM_V, DV)
-        scores, slope_factor = score_slope(values, tl.dot(q_tile, k_tile.T, input_precision="ieee"))
+        scores, slope_factor = score_slope(values, tl.dot(q_tile, k_tile.T, input_precision=values.precision))
         p = tl.exp2(scores - row_lse[:, None])
-        ds = p * (tl.dot(do_tile, v_tile.T, input_precision="ieee") - row_slope[:, None])
+        ds = p * (tl.dot(do_tile, v_tile.T, input_precision=values.precision) - row_slope[:, None])
         if values.softcap is not None:
             ds = ds * slope_factor
         if MASKED:
@@ -267,5 +267,5 @@ def add_keys(
                 ds = tl.where(seen, ds, 0.0)
         if PARTIAL:
             ds = tl.where((key < span_k.length)[None, :], ds, 0.0)
-        dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision="ieee")
+        dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision=values.precision)
     return dq_acc

@@ -68,8 +68,8 @@ class _Signature:
             aligned = self.aligned and isinstance(value, Strided)
             types = [self.type_of((*path, i), n, item, aligned) for i, (n, item) in enumerate(zip(names, value))]
             return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
-        if value is None:
-            self.constants[path] = None
+        if value is None or isinstance(value, str):
+            self.constants[path] = value
             return "constexpr"
         if isinstance(value, torch.Tensor):
             if aligned:
@@ -100,7 +100,8 @@ def compile_kernel(
     Args:
         kernel: a `triton.jit` function.
         args: run-time arguments; only their kinds count: tensors (meta tensors do), ints (strides by their field's
-            name), floats, None, and tuples of these, which take the names of their parameter's annotation.
+            name), floats, strings and None (which are constants), and tuples of these, which take the names of their
+            parameter's annotation.
         constants: the kernel's constexpr parameters.
         options: num_warps, num_stages.
         aligned: whether pointers and strides are aligned (see `is_aligned`).

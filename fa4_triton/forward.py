@@ -144,7 +144,7 @@ def visit(
     for i in range(begin, end):
         first = (end - 1 - (i - begin)) * TILE_N
         k_tile = load_rows(k, span_k, head_kv, first, PARTIAL, TILE_N, DIM, q_tile.shape[1])
-        scores, factor = log2_scores(values, tl.dot(q_tile, k_tile.T, input_precision="ieee"))
+        scores, factor = log2_scores(values, tl.dot(q_tile, k_tile.T, input_precision=values.precision))
         if MASKED:
             key = first + tl.arange(0, TILE_N)
             seen = in_window(values, row[:, None], key[None, :], span_k.length - span_q.length)
@@ -154,7 +154,7 @@ def visit(
                 scores = tl.where((key < span_k.length)[None, :], scores, float("-inf"))
         p, state = fold(scores, factor, state, values.threshold)
         v_tile = load_zeroed(v, span_k, head_kv, first, PARTIAL, TILE_N, DIM_V, state[0].shape[1])
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, state[0], input_precision="ieee")
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, state[0], input_precision=values.precision)
         state = (acc, state[1], state[2], state[3])
     return state
 
@@ -177,22 +177,22 @@ def visit_overlapped(
     if begin < end:
         last = (end - 1) * TILE_N
         k_tile = load_rows(k, span_k, head_kv, last, False, TILE_N, DIM, D)
-        scores, factor = log2_scores(values, tl.dot(q_tile, k_tile.T, input_precision="ieee"))
+        scores, factor = log2_scores(values, tl.dot(q_tile, k_tile.T, input_precision=values.precision))
         k_tile = load_rows(k, span_k, head_kv, tl.maximum(last - TILE_N, 0), False, TILE_N, DIM, D)
-        products = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        products = tl.dot(q_tile, k_tile.T, input_precision=values.precision)
         p, state = fold(scores, factor, state, values.threshold)
         bits = p.to(q_tile.dtype).to(tl.int16, bitcast=True)
         for i in range(1, end - begin):
             first = last - i * TILE_N
             v_tile = load_rows(v, span_k, head_kv, first + TILE_N, False, TILE_N, DIM_V, DV)
-            acc = tl.dot(bits.to(q_tile.dtype, bitcast=True), v_tile, state[0], input_precision="ieee")
+            acc = tl.dot(bits.to(q_tile.dtype, bitcast=True), v_tile, state[0], input_precision=values.precision)
             products = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [products], tl.float32, False, 1)
             scores, factor = log2_scores(values, products)
             k_tile = load_rows(k, span_k, head_kv, tl.maximum(first - TILE_N, 0), False, TILE_N, DIM, D)
-            products = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+            products = tl.dot(q_tile, k_tile.T, input_precision=values.precision)
             p, state = fold(scores, factor, (acc, state[1], state[2], state[3]), values.threshold)
             bits = p.to(q_tile.dtype).to(tl.int16, bitcast=True)
         v_tile = load_rows(v, span_k, head_kv, begin * TILE_N, False, TILE_N, DIM_V, DV)
-        acc = tl.dot(bits.to(q_tile.dtype, bitcast=True), v_tile, state[0], input_precision="ieee")
+        acc = tl.dot(bits.to(q_tile.dtype, bitcast=True), v_tile, state[0], input_precision=values.precision)
         state = (acc, state[1], state[2], state[3])
     return state

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,29 @@ def _dtype(tensor: Tensor | None) -> torch.dtype | None:
     return None if tensor is None else tensor.dtype
 
 
+_empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+"""Inductor's allocation on the current CUDA device, at a third of what `torch.empty` costs; private to PyTorch."""
+
+
+class _Result(NamedTuple):
+    """A contiguous tensor to be made: its shape and strides, and the (batch, row, head) strides a kernel takes."""
+
+    shape: tuple[int, ...]
+    stride: Stride
+    steps: tuple[int, int, int]
+
+    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The tensor, uninitialised."""
+        if _empty_strided is not None and device.type == "cuda" and torch._C._cuda_getDevice() == device.index:
+            return _empty_strided(self.shape, self.stride, dtype)
+        return torch.empty(self.shape, dtype=dtype, device=device)
+
+
+def _result(shape: tuple[int, ...], steps: Callable[[Stride], tuple[int, int, int]]) -> _Result:
+    stride = tuple(math.prod(max(1, n) for n in shape[i + 1 :]) for i in range(len(shape)))
+    return _Result(shape, stride, steps(stride))
+
+
 class _Operand(NamedTuple):
     """How a kernel reads a tensor with a head_dim: `Strided`'s strides, and what a TMA descriptor takes if it has one.
 
@@ -109,14 +133,20 @@ def _sequences(problem: Problem, inputs: Inputs) -> tuple:
 
 
 def _values(problem: Problem) -> tuple:
-    """The kernels' `Values`, as a plain tuple."""
+    """The kernels' `Values`, as a plain tuple.
+
+    Three TF32 products make one of float32 within the budget of every row, 3 to 5 times faster (docs/performance.md);
+    AMD's compiler has only the plain ones.
+    """
     kinds = problem.kinds
+    amd = not interpreted() and target_of(problem.device).backend == "hip"
     return (
         float(problem.softmax_scale),
         float(problem.softcap) if kinds.softcap else None,
         problem.window_left if kinds.window_left else None,
         problem.window_right if kinds.window_right else None,
         float(problem.rescale_threshold),
+        "ieee" if amd else "tf32x3",
     )
 
 
@@ -159,7 +189,7 @@ def _plan(name: str, kinds: Kinds, device: torch.device) -> _Plan:
 def compile_planned(kernel: Any, plan: _Plan, args: tuple, target: GPUTarget, layout: tuple) -> CompiledKernel:
     """Compiles a kernel as `_launch` would for `target`, which need not be there."""
     options = {"num_warps": plan.tile.warps, "num_stages": plan.tile.stages}
-    if plan.tile.registers:
+    if plan.tile.registers and any(isinstance(arg, TensorDescriptor) for arg in args):
         options["maxnreg"] = plan.tile.registers
     return compile_kernel(kernel, args, plan.constants, options, target, layout[-1])
 
@@ -223,12 +253,6 @@ def forget() -> None:
         kept.cache_clear()
 
 
-def _packed(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(batch, row, head) strides of a contiguous tensor."""
-    seqlen, heads, dim = shape[-3:]
-    return seqlen * heads * dim, heads * dim, dim
-
-
 def _strides_are_aligned(*strides: Stride) -> bool:
     return all(n % STRIDE_ALIGNMENT == 0 for stride in strides for n in stride[:-1])
 
@@ -236,14 +260,13 @@ def _strides_are_aligned(*strides: Stride) -> bool:
 class _Forward(NamedTuple):
     """What forward calls share that have one problem and one memory layout. Plain tuples are strides."""
 
-    shapes: _Shapes
     plan: _Plan
     grid: int
     q: tuple
     k: _Operand
     v: _Operand
-    out: tuple
-    lse: tuple
+    out: _Result
+    lse: _Result
     values: tuple
     aligned: bool
 
@@ -257,16 +280,14 @@ def _prepare_forward(
     plan = plans("forward", kinds, problem.device)
     aligned = aligned and _strides_are_aligned(q, k, v)
     tma = aligned and plan.tile.tma and _flops(problem) >= min_tma_flops
-    *heads, rows = shapes.lse
     return _Forward(
-        shapes=shapes,
         plan=plan,
         grid=_tiles(problem.seqlen_q, plan.tile.m, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q),
         q=_row_strides(q),
         k=_operand(shapes.k, k, plan.tile.n, tma),
         v=_operand(shapes.v, v, plan.tile.n, tma),
-        out=_packed(shapes.out),
-        lse=(rows * heads[-1], 1, rows),
+        out=_result(shapes.out, _row_strides),
+        lse=_result(shapes.lse, _number_strides),
         values=_values(problem),
         aligned=aligned,
     )
@@ -283,12 +304,11 @@ def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> t
     ready = _prepare_forward(
         _plan, MIN_TMA_FLOPS, problem, q.stride(), k.stride(), v.stride(), pointers_are_aligned(q, k, v)
     )
-    out = torch.empty(ready.shapes.out, dtype=problem.kinds.dtype, device=device)
-    lse = torch.empty(ready.shapes.lse, dtype=torch.float32, device=device)
+    out, lse = ready.out.empty(problem.kinds.dtype, device), ready.lse.empty(torch.float32, device)
     k_rows, k_descriptor = ready.k.of(k)
     v_rows, v_descriptor = ready.v.of(v)
     args = (
-        (q, *ready.q, None), k_rows, v_rows, (out, *ready.out, None), (lse, *ready.lse), sink,
+        (q, *ready.q, None), k_rows, v_rows, (out, *ready.out.steps, None), (lse, *ready.lse.steps), sink,
         _sequences(problem, inputs), ready.values, problem.heads_q, k_descriptor, v_descriptor,
         _NO_COUNTS if counts is None else _statistics(counts[..., 0]),
     )  # fmt: skip
@@ -300,7 +320,6 @@ def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> t
 class _Backward(NamedTuple):
     """What backward calls share that have one problem and one memory layout. Plain tuples are strides."""
 
-    shapes: _Shapes
     slopes: _Plan
     slopes_grid: tuple[int, int, int]
     kv: _Plan
@@ -314,11 +333,10 @@ class _Backward(NamedTuple):
     out: tuple
     lse: tuple
     dlse: tuple
-    dq: tuple
-    dk: tuple
-    dv: tuple
-    numbers: tuple[int, ...]
-    pairs: tuple
+    dq: _Result
+    dk: _Result
+    dv: _Result
+    pairs: _Result
     q_streamed: _Operand
     dout_streamed: _Operand
     k_streamed: _Operand
@@ -344,7 +362,6 @@ def _prepare_backward(
     total = 2 * room * math.prod(heads)
     slope_tiles = _tiles(problem.seqlen_q, SLOPE_ROWS, kinds.varlen, problem.batch)
     return _Backward(
-        shapes=shapes,
         slopes=slopes,
         slopes_grid=(_heads(problem, problem.heads_q) // problem.heads_q, problem.heads_q, slope_tiles),
         kv=kv,
@@ -359,11 +376,10 @@ def _prepare_backward(
         out=_row_strides(out),
         lse=_number_strides(lse),
         dlse=(0, 0, 0) if dlse is None else _number_strides(dlse),
-        dq=_packed(shapes.q),
-        dk=_packed(shapes.k),
-        dv=_packed(shapes.v),
-        numbers=(*heads, 2, room),
-        pairs=(2 * room * heads[-1], 2 * room, room),
+        dq=_result(shapes.q, _row_strides),
+        dk=_result(shapes.k, _row_strides),
+        dv=_result(shapes.v, _row_strides),
+        pairs=_result((*heads, 2, room), lambda _: (2 * room * heads[-1], 2 * room, room)),
         q_streamed=_operand(shapes.q, q, kv.tile.m, kv_tma),
         dout_streamed=_operand(shapes.out, dout, kv.tile.m, kv_tma),
         k_streamed=_operand(shapes.k, k, queries.tile.n, q_tma),
@@ -385,11 +401,11 @@ def backward(
         _plan, MIN_TMA_FLOPS, problem, q.stride(), k.stride(), v.stride(), dout.stride(), out.stride(), lse.stride(),
         None if dlse is None else dlse.stride(), pointers_are_aligned(q, k, v, dout), pointers_are_aligned(out),
     )  # fmt: skip
-    shapes, sequences, values = ready.shapes, _sequences(problem, inputs), ready.values
-    dq, dk, dv = (torch.empty(shape, dtype=dtype, device=device) for shape in shapes[:3])
-    numbers = torch.empty(ready.numbers, dtype=torch.float32, device=device)
+    sequences, values = _sequences(problem, inputs), ready.values
+    dq, dk, dv = ready.dq.empty(dtype, device), ready.dk.empty(dtype, device), ready.dv.empty(dtype, device)
+    numbers = ready.pairs.empty(torch.float32, device)
     shares = None if sink is None else torch.empty(ready.slopes_grid, dtype=torch.float32, device=device)
-    pairs = (numbers, *ready.pairs, None)
+    pairs = (numbers, *ready.pairs.steps, None)
 
     args = (
         (dout, *ready.dout, None), (out, *ready.out, None), (lse, *ready.lse), (dlse, *ready.dlse), pairs, sink, shares,
@@ -402,8 +418,9 @@ def backward(
     dout_rows, dout_descriptor = ready.dout_streamed.of(dout)
     pairs_descriptor = None if ready.pairs_box is None else TensorDescriptor(numbers, *ready.pairs_box)
     args = (
-        q_rows, (k, *ready.k, None), (v, *ready.v, None), dout_rows, pairs, (dk, *ready.dk, None),
-        (dv, *ready.dv, None), sequences, values, problem.heads_kv, q_descriptor, dout_descriptor, pairs_descriptor,
+        q_rows, (k, *ready.k, None), (v, *ready.v, None), dout_rows, pairs, (dk, *ready.dk.steps, None),
+        (dv, *ready.dv.steps, None), sequences, values, problem.heads_kv, q_descriptor, dout_descriptor,
+        pairs_descriptor,
     )  # fmt: skip
     layout = (q_descriptor is not None, dout_descriptor is not None, pairs_descriptor is not None, ready.aligned)
     _launch(attention_backward_kv, ready.kv, device, ready.kv_grid, args, layout)
@@ -411,8 +428,8 @@ def backward(
     k_rows, k_descriptor = ready.k_streamed.of(k)
     v_rows, v_descriptor = ready.v_streamed.of(v)
     args = (
-        (q, *ready.q, None), k_rows, v_rows, (dout, *ready.dout, None), pairs, (dq, *ready.dq, None), sequences, values,
-        problem.heads_q, k_descriptor, v_descriptor,
+        (q, *ready.q, None), k_rows, v_rows, (dout, *ready.dout, None), pairs, (dq, *ready.dq.steps, None), sequences,
+        values, problem.heads_q, k_descriptor, v_descriptor,
     )  # fmt: skip
     layout = (k_descriptor is not None, v_descriptor is not None, ready.aligned)
     _launch(attention_backward_q, ready.queries, device, ready.queries_grid, args, layout)

@@ -64,13 +64,17 @@ class Sequences(NamedTuple):
 
 
 class Values(NamedTuple):
-    """Run-time values. softcap, left and right are None where the problem has none of the kind."""
+    """Run-time values. softcap, left and right are None where the problem has none of the kind.
+
+    precision, known to the compiler: how products of float32 are made, as `tl.dot` calls it.
+    """
 
     scale: tl.tensor
     softcap: tl.tensor
     left: tl.tensor
     right: tl.tensor
     threshold: tl.tensor
+    precision: str = "ieee"
 
 
 class Span(NamedTuple):

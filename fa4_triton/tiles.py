@@ -18,7 +18,8 @@ class Tile(NamedTuple):
     """Query rows and keys of a tile, warps of a program, stages of its software pipeline.
 
     tma: read tiles in the loop through TMA descriptors. overlap: keep q k^T in flight during the softmax (Hopper).
-    registers: the most a thread may take, so that another program fits on the multiprocessor; 0: as many as it likes.
+    registers: the most a thread of a kernel that reads through descriptors may take, so that one more program fits on a
+    multiprocessor; 0: as many as it likes.
     """
 
     m: int
@@ -46,9 +47,21 @@ def family_of(target: GPUTarget) -> str:
 # (kernel, 16-bit elements) -> {widest head dimension, as a power of two: tile}, by family.
 _16_BIT = {
     "hopper": {
-        "forward": {64: Tile(64, 64, 4, 2, True), 128: Tile(64, 64, 4, 3, True), 256: Tile(128, 64, 8, 2, True)},
-        "backward_kv": {64: Tile(64, 64, 4, 2, True), 128: Tile(64, 128, 8, 3, True), 256: Tile(32, 64, 8, 1, True)},
-        "backward_q": {64: Tile(64, 64, 4, 2, True), 128: Tile(128, 64, 8, 3, True), 256: Tile(64, 32, 8, 2, True)},
+        "forward": {
+            64: Tile(64, 64, 4, 2, tma=True, registers=128),
+            128: Tile(64, 64, 4, 3, tma=True),
+            256: Tile(128, 64, 8, 2, tma=True),
+        },
+        "backward_kv": {
+            64: Tile(64, 64, 4, 2, tma=True, registers=168),
+            128: Tile(64, 64, 4, 2, tma=True),
+            256: Tile(32, 64, 8, 2, tma=True),
+        },
+        "backward_q": {
+            64: Tile(64, 64, 4, 2, tma=True, registers=128),
+            128: Tile(128, 64, 8, 3, tma=True),
+            256: Tile(128, 32, 8, 2, tma=True),
+        },
     },
     "blackwell": {
         "forward": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 1)},
@@ -73,8 +86,8 @@ _16_BIT = {
 }
 _32_BIT = {
     "forward": {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
-    "backward_kv": {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-    "backward_q": {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "backward_kv": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "backward_q": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
 }
 _INTERPRETED = {"forward": Tile(64, 32, 4, 1), "backward_kv": Tile(32, 64, 4, 1), "backward_q": Tile(64, 32, 4, 1)}
 
