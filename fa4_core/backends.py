@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fa4_core.problem import Inputs, Kinds, Problem
+from fa4_core.problem import DTYPES, Inputs, Kinds, Problem
 
 if TYPE_CHECKING:
     from fa4_core.kvcache import CacheInputs, CacheProblem
@@ -35,6 +35,8 @@ class Backend(ABC):
     """
 
     name: str
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    """What q, k and v may have."""
     head_dim_multiple: int = 1
     serves_kv_cache: bool = False
     """Whether it has an `attend_cache`. Which problems it serves there `missing` says, as for `forward`."""

@@ -645,11 +645,14 @@ class Sm90Forward:
         if rows < config.tile_n:
             state.rings.v.wait(v_at)
             thread, _, _ = cute.arch.thread_idx()
-            columns = config.head_dim_v
+            pieces = config.head_dim_v // 8  # of a row, 16 bytes each
+            zeros = cute.make_rmem_tensor(8, self.dtype)
+            zeros.fill(0.0)
             for at in cutlass.range(
-                rows * columns + thread - WARPGROUP, config.tile_n * columns, WARPGROUP * config.warpgroups, unroll=1
+                rows * pieces + thread - WARPGROUP, config.tile_n * pieces, WARPGROUP * config.warpgroups, unroll=1
             ):
-                s_v[at // columns, at % columns, v_at.index] = self.dtype(0.0)
+                line = s_v[at // pieces, None, v_at.index]
+                cute.autovec_copy(zeros, cute.local_tile(line, (8,), (at % pieces,)))
             cute.arch.fence_view_async_shared()
             cute.arch.barrier(barrier_id=RAGGED_BARRIER, number_of_threads=WARPGROUP * config.warpgroups)
 

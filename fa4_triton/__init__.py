@@ -48,6 +48,7 @@ class TritonBackend(Backend):
     """Portable Triton kernels."""
 
     name = "triton"
+    dtypes = DTYPES
     head_dim_multiple = 8
     serves_kv_cache = True
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
-from targets import INTERPRETED, KERNELS, TARGETS
+from targets import INTERPRETED, KERNELS, TARGETS, Target
 
 _COMMON = {
     "deadline": None,
@@ -37,6 +37,7 @@ settings.load_profile("interpreter" if INTERPRETED else "ci")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: runs on a CUDA device")
+    config.addinivalue_line("markers", "serves(*what): on the targets that serve all of it, see `Target.serves`")
     config.addinivalue_line("markers", "interpreter: runs Triton's kernels in its interpreter (TRITON_INTERPRET=1)")
     # Small problems: threads that wait for work cost more than they bring, above all beside xdist's other processes.
     torch.set_num_threads(1)
@@ -45,10 +46,17 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
+def _targets(metafunc: pytest.Metafunc) -> list[Target]:
+    """The targets that serve what the test's `serves` marker asks for."""
+    marker = metafunc.definition.get_closest_marker("serves")
+    wanted = set(marker.args) if marker else set()
+    return [target for target in TARGETS if wanted <= target.serves]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = metafunc.fixturenames
     if "target" in names and "dtype" in names:
-        pairs = [(target, dtype) for target in TARGETS for dtype in target.dtypes]
+        pairs = [(target, dtype) for target in _targets(metafunc) for dtype in target.dtypes]
         metafunc.parametrize(
             ("target", "dtype"),
             [
@@ -57,6 +65,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             ],
         )
     elif "target" in names:
-        metafunc.parametrize("target", [target.parameter() for target in TARGETS])
+        metafunc.parametrize("target", [target.parameter() for target in _targets(metafunc)])
     if "kernel" in names:
         metafunc.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())

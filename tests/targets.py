@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import dispatch
 from fa4_core import backends
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -22,7 +23,7 @@ class Target:
 
     backend: str
     device: str
-    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
+    dtypes: tuple[torch.dtype, ...] = DTYPES
     limits: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __call__(self, q, k, v, **options):
@@ -35,6 +36,17 @@ class Target:
     def interpreted(self) -> bool:
         """Whether Triton's interpreter runs it: on the CPU, slowly."""
         return self.backend == "triton" and self.device == "cpu"
+
+    @property
+    def widest(self) -> torch.dtype:
+        """The most precise dtype that it takes."""
+        return torch.float32 if torch.float32 in self.dtypes else self.dtypes[0]
+
+    @property
+    def serves(self) -> set[str]:
+        """What tests may ask for with `pytest.mark.serves`: "float32", "kv_cache" (which means pages, too)."""
+        float32, kv_cache = torch.float32 in self.dtypes, backends.load(self.backend).serves_kv_cache
+        return {name for name, served in (("float32", float32), ("kv_cache", kv_cache)) if served}
 
     @property
     def compiles(self) -> bool:
@@ -66,7 +78,7 @@ def _targets() -> list[Target]:
     if torch.cuda.is_available():
         device = torch.device("cuda")
         found += [
-            Target(name, "cuda", limits={"longest": 600})
+            Target(name, "cuda", tuple(t for t in DTYPES if t in backends.load(name).dtypes), {"longest": 600})
             for name in backends.MODULES
             if backends.load(name).unavailable(device) is None
         ]

@@ -255,3 +255,28 @@ print("cutlass" in sys.modules)
         for _ in range(2)
     ]
     assert told == ["True", "False"]
+
+
+@needs_dsl
+@needs_compiler
+def test_warm_compiles_ahead_for_a_gpu_that_is_not_there(shelf):
+    command = [sys.executable, "-m", "dispatch", "warm", "--arch", "sm_90a", "--head-dim", "64", "--dtype", "float16"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "4 kernels are in" in done.stdout
+    assert len(list(shelf.glob("*.so"))) == 4
+
+
+@needs_dsl
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--arch", "sm_80"), "sm_90a, sm_100a"),
+        (("--head-dim", "300"), "1 to 256"),
+        (("--dtype", "float32"), "float16"),
+    ],
+)
+def test_warm_names_what_it_does_not_take(option, message):
+    command = [sys.executable, "-m", "dispatch", "warm", "--arch", "sm_90a", *option]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr

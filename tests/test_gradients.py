@@ -60,8 +60,8 @@ def test_gradients_through_out_and_lse(target, dtype, through):
 
 def test_the_gradients_equal_autograds_through_the_oracle(target):
     """The tests' own float64 attention, differentiated by autograd: apart from the formulas the budgets come from."""
-    case = Case(head_dim=64, head_dim_v=64, heads_q=4, heads_kv=2, lengths=((40, 50),) * 2, window=(20, 5), softcap=5.0,
-                sink="normal")  # fmt: skip
+    case = Case(dtype=target.widest, head_dim=64, head_dim_v=64, heads_q=4, heads_kv=2, lengths=((40, 50),) * 2,
+                window=(20, 5), softcap=5.0, sink="normal")  # fmt: skip
     call = case.build(target.device)
 
     def grads(function, dtype):
@@ -70,12 +70,13 @@ def test_the_gradients_equal_autograds_through_the_oracle(target):
         loss = (out * call.dout).sum() + (lse * call.dlse).sum()
         return torch.autograd.grad(loss, leaves)
 
-    mine = grads(lambda *a, **o: target(*a, return_lse=True, **o), torch.float32)
+    mine = grads(lambda *a, **o: target(*a, return_lse=True, **o), target.widest)
     cpu = call
     call = cpu._replace(**{name: getattr(cpu, name).cpu() for name in ("q", "k", "v", "dout", "dlse")})
     call.options["sink"] = call.options["sink"].cpu()
     for got, want in zip(mine, grads(oracle, torch.float64)):
-        torch.testing.assert_close(got.cpu().double(), want, atol=2e-4, rtol=2e-4)
+        tolerance = 2e-4 if target.widest == torch.float32 else 3e-2
+        torch.testing.assert_close(got.cpu().double(), want, atol=tolerance, rtol=tolerance)
 
 
 def leaves_of(target, **changed):

@@ -1,5 +1,7 @@
 """Every kernel against float64, row by row: the compile-time axes are a table, the run-time axes are drawn."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -58,7 +60,7 @@ ODD_CASES = {
 
 @pytest.mark.parametrize("case", ODD_CASES.values(), ids=ODD_CASES.keys())
 def test_odd_shapes_and_magnitudes_are_within_their_budget(target, case):
-    check(target, case)
+    check(target, replace(case, dtype=target.widest))
 
 
 @given(case=cases(dtype=torch.float64, longest=60))

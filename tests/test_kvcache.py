@@ -20,6 +20,8 @@ from dispatch import attention_with_kvcache
 from fa4_core import kvcache
 from fa4_core.checks import check_forward, compare, expected
 
+pytestmark = pytest.mark.serves("kv_cache")
+
 FP8 = torch.float8_e4m3fn
 INT32 = torch.int32
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -19,6 +19,12 @@ CASES = {
 }  # fmt: skip
 
 
+def built(target, case):
+    """The case's call, in a dtype that the target takes."""
+    dtype = case.dtype if case.dtype in target.dtypes else target.widest
+    return dataclasses.replace(case, dtype=dtype).build(target.device)
+
+
 def operator_arguments(call, backend, requires_grad):
     """What `attention` hands to the operator, with q, k, v and the sink as leaves."""
     options = {"max_seqlen_q": None, "max_seqlen_k": None, **call.options}
@@ -46,13 +52,13 @@ def operator_arguments(call, backend, requires_grad):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(target, case, requires_grad):
     """Schema, autograd registration, fake kernels (shapes, dtypes and strides) and AOT dispatch."""
-    arguments = operator_arguments(case.build(target.device), target.backend, requires_grad)
+    arguments = operator_arguments(built(target, case), target.backend, requires_grad)
     torch.library.opcheck(torch.ops.fa4.attention.default, arguments)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_opcheck_backward(target, case):
-    call = case.build(target.device)
+    call = built(target, case)
     arguments = operator_arguments(call, target.backend, False)
     out, lse = torch.ops.fa4.attention(*arguments)
     checks = ("test_schema", "test_faketensor")
@@ -74,7 +80,7 @@ def counted():
 def dense(target, len_q, len_k, batch=1):
     make = torch.Generator().manual_seed(len_q)
     return [
-        torch.randn(batch, n, heads, 16, generator=make).to(target.device).requires_grad_()
+        torch.randn(batch, n, heads, 16, generator=make).to(target.device, target.widest).requires_grad_()
         for n, heads in ((len_q, 4), (len_k, 2), (len_k, 2))
     ]
 
@@ -146,7 +152,7 @@ def test_autocast_casts_q_k_and_v(target):
     Seen: the reference's float32 products ran in bfloat16 under autocast.
     """
     dtype = torch.float16 if torch.float16 in target.dtypes else torch.bfloat16
-    q, k, v = dense(target, 20, 24)
+    q, k, v = (t.detach().float().requires_grad_() for t in dense(target, 20, 24))
     with torch.autocast(target.device, dtype=dtype):
         out, lse = target(q, k, v, causal=True, return_lse=True)
         out.sum().backward()

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from fa4_core.cli import missing_line
-from fa4_core.commands import check, fuzz, info, overview
+from fa4_core.commands import check, fuzz, info, overview, warm
 
 BACKEND_HELP = "Only this backend; repeat for several. Default: every one that runs here."
 
@@ -49,6 +49,16 @@ def make_app(dispatch: ModuleType) -> typer.Typer:
     def run_info() -> None:
         """Prints device, versions, and for each backend why it is or is not available."""
         info.run_info(dispatch)
+
+    @app.command("warm")
+    def run_warm(
+        head_dim: Annotated[list[int] | None, typer.Option(help="Repeat for several. Default: 64, 128, 256.")] = None,
+        dtype: Annotated[list[str] | None, typer.Option(help="float16, bfloat16; repeat. Default: both.")] = None,
+        group: Annotated[list[int] | None, typer.Option(help="Query heads a KV head; repeat. Default: 1.")] = None,
+        arch: Annotated[str | None, typer.Option(help="sm_90a, sm_100a, sm_103a: needs no GPU. Default: its.")] = None,
+    ) -> None:
+        """Compiles the CuTe kernels ahead, so that no first call waits for the compiler."""
+        warm.run_warm(head_dim or [64, 128, 256], dtype or list(warm.DTYPES), group or [1], arch)
 
     @app.command("bench")
     def run_bench(

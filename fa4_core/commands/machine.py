@@ -38,10 +38,10 @@ def running_backends(device: torch.device, named: list[str] | None) -> list[str]
 
 
 def dtypes(backend: str) -> tuple[torch.dtype, ...]:
-    """The dtypes to check a backend in: float32, float16 and, but in Triton's interpreter, bfloat16.
+    """The dtypes to check a backend in: what it takes of float32, float16 and, but interpreted, bfloat16.
 
-    The interpreter keeps bfloat16 as integers and multiplies those; compiled kernels are not concerned.
+    Triton's interpreter keeps bfloat16 as integers and multiplies those; compiled kernels are not concerned.
     """
-    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-        return torch.float32, torch.float16
-    return torch.float32, torch.float16, torch.bfloat16
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    checked = (torch.float32, torch.float16) if interpreted else (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(dtype for dtype in checked if dtype in backends.load(backend).dtypes)
