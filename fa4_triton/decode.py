@@ -24,7 +24,11 @@ import triton.language as tl
 
 from fa4_triton.steps import LN_2, LOG2_E, Statistics, Strided, Values, block_of, key_tiles, log2_scores, visible
 
-MERGE_STEP = tl.constexpr(8)
+
+@triton.constexpr_function
+def merge_step(dim_v, rows):
+    """Parts that are read at once in a merge: as many as the registers hold."""
+    return max(1, min(8, 16384 // (dim_v * rows)))
 
 
 class Rows(NamedTuple):
@@ -229,14 +233,16 @@ def descale_of(cache, descale, sequence, head):
 
 
 @triton.jit
-def attend_tile(q_tile, k_tile, v_tile, values, scale_k, row_q, key, len_q, len_k, state):
+def attend_tile(q_tile, k_tile, v_tile, values, scale_k, row_q, key, len_q, len_k, state, FP8: tl.constexpr):
     """Folds one tile into (O^T, row maxima, sums by key): the online softmax, with the running maximum followed.
 
     The sums stay apart by key until a chunk ends: one reduction across warps instead of one a tile.
     """
     acc, row_max, sums = state
-    values = Values(values.scale * scale_k, values.softcap, values.left, values.right, None)
-    scores, factor = log2_scores(values, tl.dot(k_tile, q_tile.T, input_precision="ieee"))
+    products = tl.dot(k_tile, q_tile.T, input_precision=values.precision)
+    if FP8:
+        products *= scale_k
+    scores, factor = log2_scores(values, products)
     seen = visible(values, row_q[None, :], key[:, None], len_q, len_k)
     scores = tl.where(seen, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 0) * factor)
@@ -244,7 +250,7 @@ def attend_tile(q_tile, k_tile, v_tile, values, scale_k, row_q, key, len_q, len_
     rescale = tl.exp2(row_max - pivot)
     p = tl.exp2(scores * factor - pivot[None, :])
     sums = sums * rescale[None, :] + p
-    acc = tl.dot(v_tile.T, p.to(q_tile.dtype), acc * rescale[None, :], input_precision="ieee")
+    acc = tl.dot(v_tile.T, p.to(q_tile.dtype), acc * rescale[None, :], input_precision=values.precision)
     return acc, new_max, sums
 
 
@@ -289,9 +295,10 @@ def merge_parts(splits, pair, chunks, row, n_rows, DIM_V: tl.constexpr, DV: tl.c
         tl.zeros([ROWS], tl.float32),
     )
     first = tl.load(splits.arrivals + 2 * pair + 1, cache_modifier=".cg")
+    STEP: tl.constexpr = merge_step(DV, ROWS)
     # Part 0, and then the chunks that it does not hold.
-    for at in range(first - 1, chunks, MERGE_STEP):
-        for j in tl.static_range(MERGE_STEP):
+    for at in range(first - 1, chunks, STEP):
+        for j in tl.static_range(STEP):
             slot = tl.where(at + j < first, 0, at + j)
             there = at + j < chunks
             outs, maxima, sums = part_pointers(splits, pair, slot, row, n_rows, DIM_V, DV)
@@ -368,6 +375,7 @@ def attention_decode(
     """
     D: tl.constexpr = block_of(DIM)
     DV: tl.constexpr = block_of(DIM_V)
+    FP8: tl.constexpr = k.ptr.dtype.element_ty == tl.uint8
     sequence, pair, tile, n_tiles = find_share(rows, values, splits, heads_kv, TILE_N, CHUNK)
     keys = keys_of(rows, values, splits, sequence, TILE_N, CHUNK)
     row = tl.arange(0, ROWS)
@@ -422,7 +430,7 @@ def attention_decode(
             block = page_numbers(rows, load_sequence, load_keys.pad, load_keys.length, first, PAGE, TILE_N)
 
         key = (keys.begin + tile) * TILE_N + tl.arange(0, TILE_N)
-        state = attend_tile(q_tile, k_tile, v_tile, values, scale_k, row_q, key, rows.rows_q, keys.length, state)
+        state = attend_tile(q_tile, k_tile, v_tile, values, scale_k, row_q, key, rows.rows_q, keys.length, state, FP8)
         tile += 1
         if (tile % keys.chunk == 0) | (tile == keys.tiles):
             part = (state[0], state[1], tl.sum(state[2], 0))

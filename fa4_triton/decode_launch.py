@@ -19,45 +19,42 @@ from fa4_core.kvcache import FP8, CacheInputs, CacheProblem
 from fa4_core.problem import Inputs, Problem
 from fa4_triton import interpreted
 from fa4_triton import launch as host
-from fa4_triton.append import Rotary, append_rows
-from fa4_triton.compile import POINTER_ALIGNMENT, STRIDE_ALIGNMENT, compile_kernel
-from fa4_triton.decode import Descale, Rows, Splits, attention_decode
+from fa4_triton.append import append_rows
+from fa4_triton.cache_tiles import MAX_ROWS, CacheTile, decode_tile, prefill_tile
+from fa4_triton.compile import POINTER_ALIGNMENT, STRIDE_ALIGNMENT, compile_kernel, named, run_compiled
+from fa4_triton.decode import attention_decode
 from fa4_triton.prefill import attention_prefill
-from fa4_triton.steps import Statistics, Strided, Values
-from fa4_triton.tiles import MAX_ROWS, DecodeTile, decode_tile, prefill_tile
 
-APPEND_TILE = DecodeTile(16, 0, 4, 1, 0, 0)
+APPEND_TILE = CacheTile(16, 0, 4, 1, 0, 0)
 MAX_CHUNKS = 32
 """Chunks of a sequence by default: enough that eight KV heads of one sequence fill a GPU, few enough to merge."""
 ARRIVALS = 2**16
 """Counters that a stream's work space holds at first."""
-NO_STRIDED = Strided(None, None, None, None, None)
-NO_SPLITS = Splits(None, None, None, None, None)
 
 
 class _Plan(NamedTuple):
     """What calls of one kind share: as `launch._Plan`."""
 
     kernel: Any
-    tile: DecodeTile
-    constants: tuple[tuple[str, Any], ...]
+    tile: CacheTile
+    constants: dict[str, Any]
     compiled: dict[tuple, CompiledKernel]
 
 
 Arguments = Callable[[bool], tuple]
-"""Makes a kernel's arguments: with addresses in place of tensors, or (False) with the tensors."""
+"""Makes a kernel's arguments, in plain tuples: with addresses in place of tensors, or (False) with the tensors."""
 
 
 @functools.cache
-def _plan(kernel: Any, tile: DecodeTile, constants: tuple, kinds: tuple, device: torch.device) -> _Plan:
+def _plan(kernel: Any, tile: CacheTile, constants: tuple, kinds: tuple, device: torch.device) -> _Plan:
     """One plan for each set of kinds on a device (a compiled handle belongs to one device)."""
-    return _Plan(kernel, tile, constants, {})
+    return _Plan(kernel, tile, dict(constants), {})
 
 
 def compile_planned(plan: _Plan, args: tuple, target: Any, layout: tuple) -> CompiledKernel:
     """Compiles a kernel as `_launch` would for `target`, which need not be there."""
     options = {"num_warps": plan.tile.warps, "num_stages": plan.tile.stages}
-    return compile_kernel(plan.kernel, args, dict(plan.constants), options, target, layout[-1])
+    return compile_kernel(plan.kernel, args, plan.constants, options, target, layout[-1])
 
 
 def _launch(plan: _Plan, device: torch.device, grid: int, arguments: Arguments, layout: tuple) -> None:
@@ -68,19 +65,14 @@ def _launch(plan: _Plan, device: torch.device, grid: int, arguments: Arguments, 
     if grid == 0:
         return
     if interpreted():
-        plan.kernel[(grid,)](*arguments(False), **dict(plan.constants))
+        plan.kernel[(grid,)](*named(plan.kernel, arguments(False)), **plan.constants)
         return
     compiled = plan.compiled.get(layout)
     if compiled is None:
         with torch.cuda.device(device):
             target = host.target_of(device)
             compiled = plan.compiled[layout] = compile_planned(plan, arguments(False), target, layout)
-    values = [value for _, value in plan.constants]
-    if torch.cuda.current_device() == device.index:
-        compiled[(grid, 1, 1)](*arguments(True), *values)
-    else:
-        with torch.cuda.device(device):
-            compiled[(grid, 1, 1)](*arguments(True), *values)
+    run_compiled(compiled, grid, device.index, (*arguments(True), *plan.constants.values()))
 
 
 @functools.cache
@@ -137,7 +129,7 @@ def _plain_last_dim(tensor: Tensor) -> Tensor:
 def _rows_of(strides: tuple | None) -> tuple:
     """What follows the pointer in `Strided`: strides of a (B, S, H, D) or (total, H, D) tensor, and no descriptor."""
     if strides is None:
-        return NO_STRIDED[1:]
+        return (None, None, None, None)
     return (strides[0] if len(strides) == 4 else 0, *strides[-4:-1][-2:], None)
 
 
@@ -157,17 +149,6 @@ def _descale_of(strides: tuple | None) -> tuple:
 
 def _aligned(strides: tuple[tuple | None, ...]) -> bool:
     return all(s is None or all(n % STRIDE_ALIGNMENT == 0 for n in s[:-1]) for s in strides)
-
-
-def _values(problem: Problem) -> Values:
-    kinds = problem.kinds
-    return Values(
-        float(problem.softmax_scale),
-        float(problem.softcap) if kinds.softcap else None,
-        problem.window_left if kinds.window_left else None,
-        problem.window_right if kinds.window_right else None,
-        None,
-    )
 
 
 class _Tensors(NamedTuple):
@@ -198,7 +179,7 @@ class _Call(NamedTuple):
     n_arrivals: int
     layout: tuple
     args: Callable[[tuple, Any, Any], tuple]
-    """(the tensors or their addresses, parts, arrivals) to the kernel's arguments."""
+    """(the tensors or their addresses, parts, arrivals) to the kernel's arguments, in plain tuples."""
 
 
 def _most_tiles(problem: Problem, tile_n: int) -> int:
@@ -254,19 +235,17 @@ def _call_of(
         None if at_pages is None else at_pages[0], problem.batch, problem.seqlen_q, problem.seqlen_k, n_blocks, length,
         added,
     )  # fmt: skip
-    values = _values(problem)
+    values = host._values(problem)
     splits_of = (slots, num_splits, most)
 
     def args(tensors: tuple, parts: Any, arrivals: Any) -> tuple:
         q, k, v, out, lse, sink, cu_q, used_q, used_k, leftpad, cache, pages, k_descale, v_descale = tensors
-        head = (
-            Strided(q, *q_of), Strided(k, *k_of), Strided(v, *v_of), Strided(out, *out_of), Statistics(lse, *lse_of),
-            sink, Rows(cu_q, used_q, used_k, leftpad, cache, pages, *rows_of), values,
+        return (
+            (q, *q_of), (k, *k_of), (v, *v_of), (out, *out_of), (lse, *lse_of), sink,
+            (cu_q, used_q, used_k, leftpad, cache, pages, *rows_of), values,
+            (parts, arrivals, *splits_of) if decodes else blocks, heads_kv, (k_descale, *k_descale_of),
+            (v_descale, *v_descale_of),
         )  # fmt: skip
-        descales = (heads_kv, Descale(k_descale, *k_descale_of), Descale(v_descale, *v_descale_of))
-        if decodes:
-            return (*head, Splits(parts, arrivals, *splits_of), *descales)
-        return (*head, blocks, *descales)
 
     layout = (there, sink_dtype, aligned and _aligned(strides[:4]))
     return _Call(plan, grid, n_parts, n_arrivals, layout, args)
@@ -366,10 +345,10 @@ def _append(
             given = (*tensors[:4], _bytes(inputs.k_cache), _bytes(inputs.v_cache), *tensors[6:])
         *rows, used_k, leftpad, cache, pages, cos, sin, k_descale, v_descale = given
         return (
-            *(Strided(t, *_rows_of(s)) for t, s in zip(rows, strides)),
-            Rows(None, None, used_k, leftpad, cache, pages, *rows_of), Rotary(cos, sin, *rotary_of), attend.heads_q,
-            attend.heads_kv, Descale(k_descale, *_descale_of(_strides(inputs.k_descale))),
-            Descale(v_descale, *_descale_of(_strides(inputs.v_descale))),
+            *((t, *_rows_of(s)) for t, s in zip(rows, strides)),
+            (None, None, used_k, leftpad, cache, pages, *rows_of), (cos, sin, *rotary_of), attend.heads_q,
+            attend.heads_kv, (k_descale, *_descale_of(_strides(inputs.k_descale))),
+            (v_descale, *_descale_of(_strides(inputs.v_descale))),
         )  # fmt: skip
 
     constants = (

@@ -84,6 +84,7 @@ def attention_prefill(
     """
     D: tl.constexpr = block_of(DIM)
     DV: tl.constexpr = block_of(DIM_V)
+    FP8: tl.constexpr = k.ptr.dtype.element_ty == tl.uint8
     # Later rows see more keys under a causal mask: longest first, so that short programs fill the end.
     sequence, number = find_block(rows, blocks - 1 - tl.program_id(0) % blocks, GROUP, ROWS)
     if sequence < rows.batch:
@@ -125,7 +126,7 @@ def attention_prefill(
             if PAGE != 0:
                 # Read one tile ahead, so that no load of keys waits for them.
                 block = page_numbers(rows, sequence, pad, len_k, first + TILE_N, PAGE, TILE_N)
-            state = attend_tile(q_tile, k_tile, v_tile, values, scale_k, row_q, key, len_q, len_k, state)
+            state = attend_tile(q_tile, k_tile, v_tile, values, scale_k, row_q, key, len_q, len_k, state, FP8)
         state = (state[0], state[1], tl.sum(state[2], 0))
         scale_v = descale_of(v, v_descale, sequence, head_kv)
         store_result(out, lse, sink, batch, start_q, head, row_q, used, scale_v, state, DIM_V, DV)
