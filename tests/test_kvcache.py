@@ -882,3 +882,35 @@ def test_the_reference_is_the_oracle():
     )
     for a, b in zip(got, oracle(q, k, v, causal=True)):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("architecture", [80, 89, 90, 100, 120])
+def test_every_kernel_compiles_within_the_shared_memory_of_every_architecture(architecture, monkeypatch):
+    """A launch would fail with "out of resources" on a GPU that nobody here has."""
+    compiler = pytest.importorskip("triton.backends.compiler", reason="Triton is not installed")
+    import fa4_triton
+    from fa4_triton import decode_launch, launch, tiles
+
+    target = compiler.GPUTarget("cuda", architecture, 32)
+    compiled = []
+
+    def compile_only(plan, device, grid, arguments, layout):
+        compiled.append((plan.kernel.__name__, decode_launch.compile_planned(plan, arguments(False), target, layout)))
+
+    monkeypatch.setattr(fa4_triton, "_unavailable", lambda device: None)
+    monkeypatch.setattr(launch, "target_of", lambda device: target)
+    monkeypatch.setattr(decode_launch, "_launch", compile_only)
+    decode_launch._call_of.cache_clear()
+    for dim, seqlen_q, dtype in ((128, 1, torch.bfloat16), (256, 2, torch.bfloat16), (128, 40, FP8)):
+        q, new = (torch.zeros(2, seqlen_q, heads, dim, dtype=torch.bfloat16) for heads in (8, 2))
+        cache, table = torch.zeros(9, 16, 2, dim).to(dtype), torch.zeros(2, 4, dtype=INT32)
+        attention_with_kvcache(q, cache, cache, new, new, cache_seqlens=3, page_table=table, backend="triton")
+    decode_launch._call_of.cache_clear()
+    assert [name for name, _ in compiled] == ["append_rows", "attention_decode"] * 2 + [
+        "append_rows",
+        "attention_prefill",
+    ]
+    limit = tiles.SHARED_MEMORY[tiles.family_of(target)]
+    for name, kernel in compiled:
+        assert kernel.metadata.shared <= limit * 1024, f"{name}: {kernel.metadata.shared} bytes of {limit} KiB"
