@@ -325,3 +325,67 @@ def two_tiles_one_buffer(wait_for_mma: bool) -> tuple[str, Operand, Operand, int
     params = ".param .align 64 .b8 p0[128],\n.param .align 64 .b8 p1[128],\n.param .u64 p2"
     text = kernel(0, "\n".join(lines), "", 128).replace(".entry k(\n\n)", f".entry k(\n{params}\n)")
     return text, a, b, b.start + b.bytes
+
+
+def tensor_memory_product(pair: bool, a_in_tmem: bool, n: int) -> str:
+    """PTX that multiplies one K step of 16 in bf16 with tcgen05: 128 rows a CTA, A in shared memory or TMEM; `pair`:
+    two CTAs share the MMA, each with its rows of A and half the rows of B.
+
+    Parameters: A, B as they lie in shared memory (columns of 16 bytes, first all rows of the first), A as it lies in
+    TMEM (8 words a row), D (rows x n float32). Each holds the CTAs' parts one after the other.
+    """
+    group, rows_b = (2, n // 2) if pair else (1, n)
+    m = 256 if pair else 128
+    meet = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" if pair else "bar.sync 0;"
+
+    def copy(name: str, param: str, words: int, start: int) -> str:
+        return (
+            f"ld.param.b64 %d1, [{param}]; mad.wide.u32 %d1, %r3, {4 * words}, %d1; mov.b32 %r9, %t;\n"
+            f"{name}: setp.ge.u32 %p2, %r9, {words}; @%p2 bra {name}END; mad.wide.u32 %d2, %r9, 4, %d1;\n"
+            f"ld.global.b32 %r10, [%d2]; shl.b32 %r11, %r9, 2; add.s32 %r11, %r11, %r1;\n"
+            f"st.shared.b32 [%r11+{start}], %r10; add.s32 %r9, %r9, 128; bra {name}; {name}END:"
+        )
+
+    def descriptor(register: str, start: int, rows: int) -> str:
+        fixed = rows << 16 | 8 << 32 | 1 << 46
+        return (
+            f"add.s32 %r9, %r1, {start}; shr.u32 %r9, %r9, 4; cvt.u64.u32 {register}, %r9;\n"
+            f"or.b64 {register}, {register}, {fixed};"
+        )
+
+    words = ",".join(f"%r{20 + c}" for c in range(8))
+    to_tmem = (
+        "ld.param.b64 %d1, [p2]; mad.lo.s32 %r9, %r3, 128, %t; mad.wide.u32 %d1, %r9, 32, %d1;\n"
+        + "".join(f"ld.global.b32 %r{20 + c}, [%d1+{4 * c}];" for c in range(8))
+        + f"\ntcgen05.st.sync.aligned.32x32b.x8.b32 [%r6+{n}], {{{words}}}; tcgen05.wait::st.sync.aligned;"
+    )
+    lines = [
+        "mov.b32 %r1, smem; add.s32 %r2, %r1, 16; setp.eq.u32 %p1, %t, 0; setp.lt.u32 %p3, %t, 32;",
+        "mov.u32 %r3, %ctaid.x; mov.u32 %r4, %cluster_ctarank; setp.ne.u32 %p4, %r4, 0; mov.b16 %h1, 3;",
+        "@%p1 mbarrier.init.shared::cta.b64 [%r1], 1; fence.mbarrier_init.release.cluster;",
+        f"@%p3 tcgen05.alloc.cta_group::{group}.sync.aligned.shared::cta.b32 [%r2], 256;",
+        copy("B", "p1", 8 * rows_b, 1024),
+        copy("A", "p0", 1024, 9216),
+        "fence.proxy.async.shared::cta; bar.sync 0; ld.shared.b32 %r5, [%r2];",
+        "and.b32 %r6, %t, 96; shl.b32 %r6, %r6, 16; add.s32 %r6, %r6, %r5;",
+        to_tmem if a_in_tmem else "",
+        meet,
+        "@!%p1 bra ISSUED; @%p4 bra ISSUED;",
+        descriptor("%d3", 9216, 128),
+        descriptor("%d4", 1024, rows_b),
+        f"mov.b32 %r7, {1 << 4 | 1 << 7 | 1 << 10 | (n // 8) << 17 | (m // 16) << 24}; setp.ne.u32 %p5, %t, %t;",
+        f"add.s32 %r8, %r5, {n};",
+        f"tcgen05.mma.cta_group::{group}.kind::f16 [%r5], {'[%r8]' if a_in_tmem else '%d3'}, %d4, %r7, %p5;",
+        "tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.multicast::cluster.b64 [%r1], %h1;"
+        if pair
+        else "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r1];",
+        "ISSUED: bar.warp.sync -1; WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r1], 0; @!%p2 bra WAIT;",
+        f"ld.param.b64 %d5, [p3]; mad.lo.s32 %r9, %r3, 128, %t; mad.wide.u32 %d5, %r9, {4 * n}, %d5;",
+    ]
+    for column in range(0, n, 8):
+        lines.append(
+            f"tcgen05.ld.sync.aligned.32x32b.x8.b32 {{{words}}}, [%r6+{column}]; tcgen05.wait::ld.sync.aligned;"
+        )
+        lines += [f"st.global.b32 [%d5+{4 * (column + c)}], %r{20 + c};" for c in range(8)]
+    lines += [meet, f"@%p3 tcgen05.dealloc.cta_group::{group}.sync.aligned.b32 %r5, 256;"]
+    return kernel(4, "\n".join(lines), threads=128)

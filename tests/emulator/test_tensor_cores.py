@@ -11,7 +11,14 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from .errors import RaceError
-from .kernels import ELEMENT, kernel, tile_product, two_tiles_one_buffer, wgmma_from_registers
+from .kernels import (
+    ELEMENT,
+    kernel,
+    tensor_memory_product,
+    tile_product,
+    two_tiles_one_buffer,
+    wgmma_from_registers,
+)
 from .launcher import launch
 from .layouts import fragment_a, fragment_b, fragment_c
 from .tensor_map import TensorMap
@@ -147,6 +154,25 @@ def test_wgmma_takes_a_from_registers_and_adds_in_either_precision(kind, n, accu
     if kind in ("bf16", "tf32"):
         accumulator = "f32"
     RegisterProduct(kind, n, accumulator, seed).run(seed, scale_a)
+
+
+@settings(max_examples=24, phases=(Phase.explicit, Phase.generate))
+@given(pair=st.booleans(), a_in_tmem=st.booleans(), n=st.sampled_from([32, 64, 128]), seed=st.integers(0, 63))
+def test_tcgen05_with_a_in_either_memory_alone_or_in_a_pair(pair, a_in_tmem, n, seed):
+    """PTX ISA 9.7.16.10: SS and TS forms; cta_group::2 takes its rows of A and half the rows of B from each CTA."""
+    ctas = 2 if pair else 1
+    a, b = small_integers((128 * ctas, 16), "bf16", seed), small_integers((n, 16), "bf16", seed + 1)
+
+    def image(rows: torch.Tensor) -> np.ndarray:
+        """The CTAs' parts, each as columns of 16 bytes."""
+        chunks = rows.view(torch.uint8).numpy().reshape(ctas, -1, 2, 16)
+        return np.ascontiguousarray(chunks.transpose(0, 2, 1, 3))
+
+    out = np.full((128 * ctas, n), np.nan, np.float32)
+    in_rows = np.ascontiguousarray(a.view(torch.uint8).numpy())
+    launch(tensor_memory_product(pair, a_in_tmem, n), ctas, 128, [image(a), image(b), in_rows, out],
+           cluster=(ctas, 1, 1), dynamic_shared=16384, seed=seed)  # fmt: skip
+    np.testing.assert_array_equal(out, (a.float() @ b.float().T).numpy())
 
 
 SHAPES = [("bf16", 8), ("bf16", 16), ("f16", 16), ("tf32", 4), ("tf32", 8), ("e4m3", 32), ("e5m2", 32)]
