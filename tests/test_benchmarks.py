@@ -126,13 +126,17 @@ def test_flops_count_the_pairs_that_the_reference_attends_to(case):
 
 
 def test_the_matrix_holds_the_cells_that_are_promised():
-    forward = {(c.head_dim, c.causal, c.seqlen_q) for c in SUITES["forward"] if c.window is None}
-    lengths = (2048, 8192, 16384)
+    equal = [c for c in SUITES["forward"] if c.heads_q == c.heads_kv]
+    forward = {(c.head_dim, c.causal, c.seqlen_q) for c in equal if c.window is None}
+    lengths = (512, 1024, 2048, 4096, 8192, 16384)
     assert forward == {(d, causal, s) for d in (64, 128, 256) for causal in (False, True) for s in lengths}
+    grouped = {(c.heads_q, c.heads_kv, c.causal) for c in SUITES["forward"] if c.heads_q != c.heads_kv}
+    assert grouped == {(32, 8, False), (32, 8, True)}
     backward = {(c.head_dim, c.causal, c.seqlen_q) for c in SUITES["backward"]}
-    assert backward == {cell for cell in forward if cell[0] != 256}
-    for case in (*SUITES["forward"], *SUITES["backward"]):
+    assert backward == {cell for cell in forward if cell[0] != 256 and cell[2] in (2048, 8192, 16384)}
+    for case in (*equal, *SUITES["backward"]):
         assert case.heads_q * case.head_dim == 2048
+    for case in (*SUITES["forward"], *SUITES["backward"]):
         assert case.batch * case.seqlen_q == 16384
         # Twice the largest L2 there is: a call cannot find in it what the call before left there.
         assert case.forward_bytes > 2 * 126 * 2**20

@@ -259,9 +259,10 @@ SUITES: dict[str, tuple[Case, ...] | tuple[DecodeCase, ...]] = {
         _training_case(head_dim, seqlen, causal)
         for head_dim in (64, 128, 256)
         for causal in (False, True)
-        for seqlen in (2048, 8192, 16384)
+        for seqlen in (512, 1024, 2048, 4096, 8192, 16384)
     )
-    + tuple(_training_case(head_dim, TOKENS, causal=True, window=1024) for head_dim in (64, 128)),
+    + tuple(_training_case(head_dim, TOKENS, causal=True, window=1024) for head_dim in (64, 128))
+    + tuple(Case(128, 32, 8, TOKENS // n, n, n, causal) for causal in (False, True) for n in (1024, 8192)),
     "backward": tuple(
         _training_case(head_dim, seqlen, causal)
         for head_dim in (64, 128)
