@@ -38,6 +38,7 @@ class CuteBackend(Backend):
     """CuTe DSL kernels."""
 
     name = "cute"
+    dtypes = (torch.float16, torch.bfloat16)
     head_dim_multiple = 8
     backward_backend = "triton"
 
