@@ -11,7 +11,7 @@ from .launcher import launch
 
 THREADS, PLACES = 64, 8
 TURN = np.arange(THREADS)
-PLACE = TURN % PLACES
+place_of = TURN % PLACES
 
 # name: (element, PTX register of the operand and how it is made from %t, the result of all threads of one place)
 OPERATIONS = {
@@ -54,13 +54,13 @@ def places_of(op: str, space: str, form: str, seed: int) -> tuple[np.ndarray, np
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_atomics_of_many_lanes_on_one_place(op, space, seed):
     dtype, _, _, combine = OPERATIONS[op]
-    want = np.array([combine(TURN[PLACE == p]) for p in range(PLACES)]).astype(dtype)
+    want = np.array([combine(TURN[place_of == p]) for p in range(PLACES)]).astype(dtype)
     for form in ("red", "atom"):
         data, old = places_of(op, space, form, seed)
         np.testing.assert_array_equal(data, want)
     if op == "inc.u32":  # each returned value but the first is what another lane left
         for place in range(PLACES):
-            assert sorted(old[PLACE == place]) == sorted((7 + n) % 10 for n in range(PLACES))
+            assert sorted(old[place_of == place]) == sorted((7 + n) % 10 for n in range(PLACES))
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
