@@ -42,6 +42,11 @@ def item_rows(kinds: Kinds, arch: str) -> int:
     return chosen.tile_m if isinstance(chosen, sm90_config.Sm90Config) else chosen.rows
 
 
+def drawn(kinds: Kinds) -> bool:
+    """Whether work items differ in length, so that blocks draw them one by one instead of taking equal shares."""
+    return kinds.varlen or kinds.seqused_q or kinds.seqused_k or kinds.window_left or kinds.window_right
+
+
 def forward(kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool, arch: str) -> Callable[..., None]:
     """A kind's compiled forward, from the cache or compiled now (some seconds); arguments as `params` lists them."""
     key = f"forward {arch} {astuple(kinds)} {sink_dtype} {counted}"

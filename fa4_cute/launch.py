@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,10 +36,10 @@ def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> t
     if k.numel() == 0:
         return out.zero_(), _unseen(lse, problem, inputs)
     sink = inputs.sink
-    kernel = _kernel(kinds, None if sink is None else sink.dtype, counts is not None, device)
+    kernel, numbers, draws = _prepared(problem, None if sink is None else sink.dtype, counts is not None)
     arguments = (
         _aligned(q), _aligned(k), _aligned(v), out, lse, sink, inputs.cu_seqlens_q, inputs.cu_seqlens_k,
-        inputs.seqused_q, inputs.seqused_k, *_numbers(problem), _counter(kinds, device), counts,
+        inputs.seqused_q, inputs.seqused_k, *numbers, _counter(device) if draws else None, counts,
     )  # fmt: skip
     if torch.cuda.current_device() == device.index:
         kernel(*arguments)
@@ -69,13 +70,30 @@ def _architecture(device: torch.device) -> str:
 
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor, or a packed copy where TMA could not read it as it lies."""
-    elements = ALIGNMENT // tensor.element_size()
-    if tensor.data_ptr() % ALIGNMENT == 0 and all(s > 0 and s % elements == 0 for s in tensor.stride()[:-1]):
+    if tensor.data_ptr() % ALIGNMENT == 0 and _has_aligned_rows(tensor.stride(), tensor.itemsize):
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 @functools.lru_cache(maxsize=1024)
+def _has_aligned_rows(strides: tuple[int, ...], itemsize: int) -> bool:
+    return all(stride > 0 and stride * itemsize % ALIGNMENT == 0 for stride in strides[:-1])
+
+
+class _Prepared(NamedTuple):
+    """What calls of one signature share; `draws` tells whether blocks draw their work from a counter."""
+
+    kernel: Callable[..., None]
+    numbers: tuple[float | int | None, ...]
+    draws: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepared(problem: Problem, sink_dtype: torch.dtype | None, counted: bool) -> _Prepared:
+    kernel = _kernel(problem.kinds, sink_dtype, counted, problem.device)
+    return _Prepared(kernel, _numbers(problem), kernels.drawn(problem.kinds))
+
+
 def _numbers(problem: Problem) -> tuple[float | int | None, ...]:
     """scale_log2, capped_scale, the windows, the threshold, the section and the blocks to launch."""
     kinds = problem.kinds
@@ -96,7 +114,7 @@ def _numbers(problem: Problem) -> tuple[float | int | None, ...]:
         problem.window_right if kinds.window_right else None,
         float(problem.rescale_threshold),
         _section(problem, tiles, sms),
-        min(sms, items),
+        max(1, min(sms, items)),
     )
 
 
@@ -109,14 +127,12 @@ def _section(problem: Problem, tiles: int, sms: int) -> int:
     return min(wanted, problem.heads_q * problem.batch)
 
 
-def _counter(kinds: Kinds, device: torch.device) -> Tensor | None:
-    """The counter that items are drawn from where they differ in length, zeros.
+def _counter(device: torch.device) -> Tensor:
+    """The counter that blocks draw work items from, zeros.
 
     A launch leaves it as it found it, and launches on one stream follow one another, so a stream has one. A CUDA graph
     gets one of its own, since it may run on any stream beside others.
     """
-    if not (kinds.varlen or kinds.seqused_q or kinds.seqused_k or kinds.window_left or kinds.window_right):
-        return None
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(2, dtype=torch.int32, device=device)
     return _stream_counter(device, torch._C._cuda_getCurrentRawStream(device.index))

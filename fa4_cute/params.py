@@ -11,6 +11,7 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from fa4_core.problem import Kinds
+from fa4_cute.kernels import drawn
 
 DTYPES = {torch.float16: cutlass.Float16, torch.bfloat16: cutlass.BFloat16, torch.float32: cutlass.Float32}
 ALIGNMENT = 16
@@ -29,11 +30,6 @@ class Values(NamedTuple):
     window_left: Int32 | None
     window_right: Int32 | None
     threshold: Float32
-
-
-def drawn(kinds: Kinds) -> bool:
-    """Whether work items differ in length, so that blocks draw them one by one instead of taking equal shares."""
-    return kinds.varlen or kinds.seqused_q or kinds.seqused_k or kinds.window_left or kinds.window_right
 
 
 def fake_arguments(kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool = False) -> list[Any]:
