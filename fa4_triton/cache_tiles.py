@@ -21,7 +21,7 @@ RESERVED = 1024
 class CacheTile(NamedTuple):
     """Query rows and keys of a tile, warps and stages of a program.
 
-    programs: that share a multiprocessor in the decode kernel. chunk: tiles of its smallest chunk.
+    programs: that share a multiprocessor in the decode kernel.
     """
 
     rows: int
@@ -29,7 +29,6 @@ class CacheTile(NamedTuple):
     warps: int
     stages: int
     programs: int = 0
-    chunk: int = 0
 
 
 def _stages(stage: int, rest: int, kib: float) -> int:
@@ -49,14 +48,14 @@ def decode_tile(itemsize: int, cache_itemsize: int, dim: int, rows: int, target:
     """
     packed, dim = max(16, 1 << (rows - 1).bit_length()), _padded(dim)
     if target is None:
-        return CacheTile(packed, 16, 4, 1, 1, 2)
+        return CacheTile(packed, 16, 4, 1, 1)
     n = 64 if itemsize == 2 else 32
     warps = 8 if packed * dim >= 64 * 128 else 4  # two sums of O^T must fit into the registers
     # A stage holds keys, values and the query; P needs its place, too.
     stage, rest = 2 * n * dim * cache_itemsize + packed * dim * itemsize, RESERVED + n * packed * itemsize
     kib = SHARED_MEMORY[family_of(target)]
     programs = 2 if _stages(stage, rest, kib / 2) > 1 else 1
-    return CacheTile(packed, n, warps, _stages(stage, rest, kib / programs), programs, chunk=8)
+    return CacheTile(packed, n, warps, _stages(stage, rest, kib / programs), programs)
 
 
 def prefill_tile(itemsize: int, cache_itemsize: int, dim: int, target: GPUTarget | None) -> CacheTile:

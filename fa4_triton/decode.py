@@ -55,19 +55,22 @@ class Rows(NamedTuple):
     added: tl.tensor
 
 
+MOST_CHUNKS = 32
+"""Chunks that a sequence has by default at most; see `keys_of`."""
+
+
 class Splits(NamedTuple):
     """Work space of the split, for each sequence and KV head (a pair).
 
     parts: float32, for each of `slots` chunks O^T unnormalised, the row maxima (log2 units) and the row sums. arrivals:
     int32, for each pair the chunks that arrived (0 between launches), and how many the first part holds. `wanted`:
-    chunks a sequence, 0 for the default. most: chunks a sequence has by default, at most.
+    chunks a sequence, 0 for the default.
     """
 
     parts: tl.tensor
     arrivals: tl.tensor
     slots: tl.tensor
     wanted: tl.tensor
-    most: tl.tensor
 
 
 class Descale(NamedTuple):
@@ -104,12 +107,14 @@ def valid_keys(rows, i, within):
 
 
 @triton.jit
-def keys_of(rows, values, splits, i, TILE_N: tl.constexpr, CHUNK: tl.constexpr):
+def keys_of(rows, values, splits, i, TILE_N: tl.constexpr):
     """The keys of sequence i, a number or a vector; past the last sequence they are empty."""
     pad, length = valid_keys(rows, i, i < rows.batch)
     begin, _, _, end = key_tiles(values, 0, rows.rows_q - 1, rows.rows_q, length, TILE_N)
     tiles = tl.maximum(end - begin, 1)
-    chunk = CHUNK * ((tiles + CHUNK * splits.most - 1) // (CHUNK * splits.most))
+    # Up to 128 tiles, 16 chunks of two tiles or more: a short sequence alone gives work to many programs. Up to 256,
+    # chunks of 8; beyond, 32 chunks: enough for a long one, and few enough to merge.
+    chunk = tl.where(tiles <= 128, tl.maximum((tiles + 15) // 16, 2), (tiles + 255) // 256 * 8)
     chunk = tl.where(splits.wanted > 0, (tiles + splits.wanted - 1) // tl.maximum(splits.wanted, 1), chunk)
     return Keys(pad, length, begin, tiles, chunk)
 
@@ -132,13 +137,13 @@ def next_chunk(keys, before, at, heads_kv):
 
 
 @triton.jit
-def find_share(rows, values, splits, heads_kv, TILE_N: tl.constexpr, CHUNK: tl.constexpr):
+def find_share(rows, values, splits, heads_kv, TILE_N: tl.constexpr):
     """This program's share: (sequence, pair, tile in it, number of tiles)."""
     STEP: tl.constexpr = 128
     total = tl.zeros([], tl.int64)
     for start in range(0, rows.batch, STEP):
         i = start + tl.arange(0, STEP)
-        cost = keys_of(rows, values, splits, i, TILE_N, CHUNK).tiles.to(tl.int64) * heads_kv
+        cost = keys_of(rows, values, splits, i, TILE_N).tiles.to(tl.int64) * heads_kv
         total += tl.sum(tl.where(i < rows.batch, cost, 0), 0)
     first = total * tl.program_id(0) // tl.num_programs(0)
     last = total * (tl.program_id(0) + 1) // tl.num_programs(0)
@@ -149,7 +154,7 @@ def find_share(rows, values, splits, heads_kv, TILE_N: tl.constexpr, CHUNK: tl.c
     counted = tl.zeros([], tl.int64)
     for start in range(0, rows.batch, STEP):
         i = start + tl.arange(0, STEP)
-        cost = keys_of(rows, values, splits, i, TILE_N, CHUNK).tiles.to(tl.int64) * heads_kv
+        cost = keys_of(rows, values, splits, i, TILE_N).tiles.to(tl.int64) * heads_kv
         cost = tl.where(i < rows.batch, cost, 0)
         ends = counted + tl.cumsum(cost, 0)
         passed = (ends <= first) & (i < rows.batch)
@@ -159,9 +164,9 @@ def find_share(rows, values, splits, heads_kv, TILE_N: tl.constexpr, CHUNK: tl.c
         last_sequence += tl.sum(passed.to(tl.int32), 0)
         before_last = tl.maximum(before_last, tl.max(tl.where(passed, ends, 0), 0))
         counted += tl.sum(cost, 0)
-    keys = keys_of(rows, values, splits, last_sequence, TILE_N, CHUNK)
+    keys = keys_of(rows, values, splits, last_sequence, TILE_N)
     _, _, _, end = next_chunk(keys, before_last, last, heads_kv)
-    keys = keys_of(rows, values, splits, first_sequence, TILE_N, CHUNK)
+    keys = keys_of(rows, values, splits, first_sequence, TILE_N)
     passed, pair, tile, begin = next_chunk(keys, before_first, first, heads_kv)
     return first_sequence + passed, pair, tile, (end - begin).to(tl.int32)
 
@@ -365,19 +370,18 @@ def attention_decode(
     DIM_V: tl.constexpr,
     ROWS: tl.constexpr,
     TILE_N: tl.constexpr,
-    CHUNK: tl.constexpr,
     PAGE: tl.constexpr,
 ):
     """Writes out and lse; any number of programs may share the work. All query rows of a KV head fit into one tile.
 
-    ROWS: query rows of a tile, of which row r is query r // GROUP of the KV head's query head r % GROUP. CHUNK: tiles
-    of the smallest chunk. PAGE: rows of a page, 0 for a contiguous cache.
+    ROWS: query rows of a tile, of which row r is query r // GROUP of the KV head's query head r % GROUP. PAGE: rows of
+    a page, 0 for a contiguous cache.
     """
     D: tl.constexpr = block_of(DIM)
     DV: tl.constexpr = block_of(DIM_V)
     FP8: tl.constexpr = k.ptr.dtype.element_ty == tl.uint8
-    sequence, pair, tile, n_tiles = find_share(rows, values, splits, heads_kv, TILE_N, CHUNK)
-    keys = keys_of(rows, values, splits, sequence, TILE_N, CHUNK)
+    sequence, pair, tile, n_tiles = find_share(rows, values, splits, heads_kv, TILE_N)
+    keys = keys_of(rows, values, splits, sequence, TILE_N)
     row = tl.arange(0, ROWS)
     row_q = row // GROUP
     used = row_q < rows.rows_q
@@ -422,7 +426,7 @@ def attention_decode(
             if load_pair == heads_kv:
                 load_pair = 0
                 load_sequence += 1
-                load_keys = keys_of(rows, values, splits, load_sequence, TILE_N, CHUNK)
+                load_keys = keys_of(rows, values, splits, load_sequence, TILE_N)
                 if PAGE == 0:
                     block = block_number(rows, load_sequence)
         if PAGE != 0:
@@ -452,7 +456,7 @@ def attention_decode(
                 if pair == heads_kv:
                     pair = 0
                     sequence += 1
-                    keys = keys_of(rows, values, splits, sequence, TILE_N, CHUNK)
+                    keys = keys_of(rows, values, splits, sequence, TILE_N)
                 scale_k = descale_of(k, k_descale, tl.minimum(sequence, rows.batch - 1), pair)
 
     # Sequences that this program shares with others: the one it began within, and the one it ended within.

@@ -22,14 +22,12 @@ from fa4_triton import launch as host
 from fa4_triton.append import append_rows
 from fa4_triton.cache_tiles import MAX_ROWS, CacheTile, decode_tile, prefill_tile
 from fa4_triton.compile import POINTER_ALIGNMENT, STRIDE_ALIGNMENT, compile_kernel, named, run_compiled
-from fa4_triton.decode import attention_decode
+from fa4_triton.decode import MOST_CHUNKS, attention_decode
 from fa4_triton.prefill import attention_prefill
 
-APPEND_TILE = CacheTile(16, 0, 4, 1, 0, 0)
-MAX_CHUNKS = 32
-"""Chunks of a sequence by default: enough that eight KV heads of one sequence fill a GPU, few enough to merge."""
-ARRIVALS = 2**16
-"""Counters that a stream's work space holds at first."""
+APPEND_TILE = CacheTile(16, 0, 4, 1)
+ARRIVALS = 2**18
+"""Counters that a stream's work space holds at first, and what is kept ready for captures: 1 MiB each."""
 
 
 class _Plan(NamedTuple):
@@ -91,17 +89,41 @@ class _WorkSpace:
         self.arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
 
 
+class _Reserve:
+    """Zeroed counters for captured launches, each of which keeps its own: graphs may run beside anything else.
+
+    Zeroing them in the graph would cost every replay some 2 microseconds a launch. They are made outside of captures,
+    ahead, and never given back: a graph's launch holds its counters for as long as the graph may live.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.free = torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
+        torch.cuda.current_stream(device).synchronize()  # once in many captures: no replay may come before the zeros
+
+    def take(self, n: int) -> Tensor | None:
+        """n counters, or None where so many are not left."""
+        if n > self.free.numel():
+            return None
+        taken, self.free = self.free[:n], self.free[n:]
+        return taken
+
+
 _work_spaces: dict[tuple[int | None, int], _WorkSpace] = {}
+_reserves: dict[int | None, _Reserve] = {}
 
 
 def _work_space(n_parts: int, n_arrivals: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """float32 numbers, and zeroed int32 counters, which every launch leaves at zero.
-
-    A captured graph may run beside anything else, so it gets a work space of its own, zeroed in the graph.
-    """
+    """float32 numbers, and zeroed int32 counters, which every launch leaves at zero."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        zeros = torch.zeros(n_arrivals, dtype=torch.int32, device=device)
-        return torch.empty(n_parts, dtype=torch.float32, device=device), zeros
+        parts = torch.empty(n_parts, dtype=torch.float32, device=device)
+        reserve = _reserves.get(device.index)
+        arrivals = None if reserve is None or device.type != "cuda" else reserve.take(n_arrivals)
+        if arrivals is None:
+            arrivals = torch.zeros(n_arrivals, dtype=torch.int32, device=device)
+        return parts, arrivals
+    reserve = _reserves.get(device.index)
+    if reserve is None or reserve.free.numel() < ARRIVALS // 2:
+        _reserves[device.index] = _Reserve(device)
     key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     space = _work_spaces.get(key)
     if space is None:
@@ -210,13 +232,11 @@ def _call_of(
         ("ROWS", tile.rows),
         ("TILE_N", tile.n),
     ]
-    n_parts = n_arrivals = blocks = slots = most = 0
+    n_parts = n_arrivals = blocks = slots = 0
     if decodes:
-        constants.append(("CHUNK", tile.chunk))
         pairs = problem.batch * heads_kv
         most_tiles = _most_tiles(problem, tile.n)
-        most = MAX_CHUNKS
-        slots = num_splits or min(MAX_CHUNKS, triton.cdiv(most_tiles, tile.chunk))
+        slots = num_splits or min(MOST_CHUNKS, most_tiles)
         n_parts, n_arrivals = pairs * slots * packed * (kinds.head_dim_v + 2), 2 * pairs
         grid = min(_programs(device, tile.programs), pairs * slots) if packed else 0
     else:
@@ -236,7 +256,7 @@ def _call_of(
         added,
     )  # fmt: skip
     values = host._values(problem)
-    splits_of = (slots, num_splits, most)
+    splits_of = (slots, num_splits)
 
     def args(tensors: tuple, parts: Any, arrivals: Any) -> tuple:
         q, k, v, out, lse, sink, cu_q, used_q, used_k, leftpad, cache, pages, k_descale, v_descale = tensors

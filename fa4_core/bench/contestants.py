@@ -111,6 +111,8 @@ class Dispatch(Contestant):
         return functools.partial(self._attention, **options)
 
     def decode_refusal(self, case: DecodeCase) -> str | None:
+        if not backends.load(self.name).serves_kv_cache:
+            return "serves no KV cache"
         return None if self._with_kvcache is not None else "no attention_with_kvcache was given"
 
     def decode(self, case: DecodeCase) -> Callable[[Cache], Tensor]:
