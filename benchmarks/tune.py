@@ -28,10 +28,11 @@ KERNELS = {
     "backward_q": "attention_backward_q",
 }
 SHAPES = {
-    "forward": ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)),
-    "backward_kv": ((64, 64, 4), (64, 128, 8), (32, 128, 4), (32, 128, 8), (128, 64, 8)),
-    "backward_q": ((64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8), (64, 32, 4)),
+    "forward": ((64, 64, 4, 0), (64, 64, 4, 128), (64, 128, 4, 0), (128, 64, 8, 0), (128, 128, 8, 0)),
+    "backward_kv": ((64, 64, 4, 0), (64, 64, 4, 168), (32, 64, 4, 168), (64, 128, 8, 0), (32, 128, 8, 0)),
+    "backward_q": ((64, 64, 4, 0), (64, 64, 4, 128), (64, 128, 4, 0), (128, 64, 8, 0), (128, 32, 8, 0)),
 }
+"""Query rows, keys, warps, and the most registers a thread may take (0: no limit) of the candidates."""
 STAGES = (2, 3)
 TOKENS, WIDTH = 16384, 2048
 
@@ -50,8 +51,8 @@ def jobs(kernels: list[str], dims: list[int]) -> list[Job]:
     found = []
     for kernel, dim, causal in itertools.product(kernels, dims, (False, True)):
         overlaps = (False, True) if kernel == "forward" else (False,)
-        for (m, n, warps), stages, overlap in itertools.product(SHAPES[kernel], STAGES, overlaps):
-            found.append(Job(kernel, dim, causal, Tile(m, n, warps, stages, True, overlap)))
+        for (m, n, warps, registers), stages, overlap in itertools.product(SHAPES[kernel], STAGES, overlaps):
+            found.append(Job(kernel, dim, causal, Tile(m, n, warps, stages, True, overlap, registers)))
     return found
 
 
