@@ -79,9 +79,12 @@ def lay_out(layout, k, v, lengths):
             rows = (rows.float() / (descale[:, None, :, None] if descale.dim() == 2 else descale[:, None])).to(FP8)
             cache = cache.to(FP8)
         for b in range(batch):
-            for i in range(lengths[b]):
-                at = pads[b] + i
-                cache[table[b, at // shape[1]], at % shape[1]] = rows[b, i]
+            at = pads[b] + torch.arange(lengths[b])
+            place = (table[b, at // shape[1]].to(k.device), (at % shape[1]).to(k.device))
+            if layout.fp8:  # whose elements cannot be assigned by index
+                cache.view(torch.uint8)[place] = rows[b, : lengths[b]].view(torch.uint8)
+            else:
+                cache[place] = rows[b, : lengths[b]]
         caches.append(cache)
     return *caches, options
 
@@ -157,7 +160,7 @@ KINDS = {
 
 
 @st.composite
-def calls(draw, kinds, longest):
+def calls(draw, kinds, longest, seqlens_q):
     """(lengths, seqlen_q, appended, layout, options, splits, seed) of a kind."""
     batch = draw(st.integers(1, 3))
     new = draw(st.integers(1, 5)) if kinds.get("new") else 0
@@ -177,7 +180,7 @@ def calls(draw, kinds, longest):
         fp8=kinds.get("fp8", False),
         seed=draw(st.integers(0, 999)),
     )
-    seqlen_q = draw(st.sampled_from((1, 1, 2, 5, 16)))
+    seqlen_q = draw(st.sampled_from(seqlens_q))
     splits = draw(st.sampled_from((0, 0, 1, 2, 5)))
     return [n + new for n in lengths], seqlen_q, new, layout, options, splits, draw(st.integers(0, 999))
 
@@ -186,7 +189,10 @@ def calls(draw, kinds, longest):
 def test_every_layout_is_attention_over_the_valid_keys(target, dtype, kinds):
     """Within the row budget of float64. What is not a valid key is NaN: page, padding, tail, another row."""
 
-    @given(calls(kinds, 100 if target.interpreted else 700))
+    # Each power of two of query rows is a kernel of its own.
+    seqlens_q = (1, 5) if target.compiles else (1, 1, 2, 5, 16)
+
+    @given(calls(kinds, 100 if target.interpreted else 700, seqlens_q))
     def check(call):
         lengths, seqlen_q, new, layout, options, splits, seed = call
         shape = {name: kinds[name] for name in ("dim", "dim_v", "group") if name in kinds}
@@ -214,7 +220,7 @@ def a_problem(target, dtype=torch.float16, lengths=(70, 33, 0), seqlen_q=3, **ch
 def test_paged_equals_gathered_bit_for_bit_in_any_order_of_pages(target, dtype):
     q, k, v, used = a_problem(target, dtype)
     whole = ThroughCache(target, Layout())(q, k, v, seqused_k=used, causal=True)
-    for page in (8, 1) if target.interpreted else (1, 8, 16, 24, 64, 256):
+    for page in (8, 1) if target.interpreted else (1, 16, 24, 256):
         for seed in range(2):
             got = ThroughCache(target, Layout(page, seed=seed))(q, k, v, seqused_k=used, causal=True)
             assert all(map(torch.equal, got, whole)), (page, seed)
@@ -475,7 +481,7 @@ def test_attention_on_pages_equals_attention_on_gathered_keys(target, dtype, var
     options = {name: value for name, value in kinds.items() if name != "group"}
     lengths_k = (70, 0, 33) if target.interpreted else (500, 0, 33, 130)
     lengths_q = (40, 5, 60) if target.interpreted else (300, 5, 60, 1)
-    for page in (8,) if target.interpreted else (1, 16, 256):
+    for page in (8,) if target.interpreted else (16,) if dtype == torch.bfloat16 else (1, 24, 256):
         q, k, v, used = a_problem(
             target, dtype, lengths=lengths_k, seqlen_q=max(lengths_q), group=kinds.get("group", 1)
         )
