@@ -205,5 +205,5 @@ def config_for(kinds: Kinds, capability: tuple[int, int]) -> Sm100Config:
     """
     pair = padded(kinds.head_dim, kinds.head_dim_v)
     assert pair is not None
-    share = Exp2Share() if capability >= (10, 3) else Exp2Share(period=16)
+    share = Exp2Share() if capability >= (10, 3) else Exp2Share(period=16, first=0)
     return Sm100Config(*pair, share)

@@ -20,13 +20,10 @@ Rings, with the arrivals that complete a slot's full and its empty barrier:
     kv      a K or V tile  TMA bytes                MMA commit
     s       a Q tile       MMA commit               128 softmax threads (P begun) + 128 correction threads (O ready)
     p_rest  a Q tile       128 softmax threads      (s: the MMAs that read P precede the next S)
+    factor  a softmax warp 1 thread                 (s: correction lets go when it has read the factors)
     o       a Q tile       MMA commit               (s: correction lets go when it has read O)
     sums    a Q tile       128 softmax threads      128 correction threads
     out     a Q tile       128 correction threads   store 1 thread
-
-and eight named barriers between each softmax warp and the correction warp of the same rows: the row factors of a tile
-are in shared memory. No barrier guards that memory against the next tile's factors: S of the next tile cannot be there
-before correction has let go of `s`.
 
 Steady state, i and j being the Q tiles, n a key tile:
 
@@ -62,16 +59,26 @@ from fa4_cute.ranges import Span, Window, key_span, visible_keys
 from fa4_cute.schedule import Extent, Lengths, Schedule, Sequence, WorkItem, draw, retire, sequence_of, start, take
 from fa4_cute.sm100_config import FRAGMENT, Exp2Share, Sm100Config, config_for
 from fa4_cute.sm100_rings import MmaRing, Signal, lap_of, slot_of
-from fa4_cute.sm100_rows import bias, exponentiate, follow, hide, pack, row_max, row_sum, scale_and_shift, tanh
+from fa4_cute.sm100_rows import (
+    add_up,
+    bias,
+    exponentiate,
+    follow,
+    hide,
+    pack,
+    row_max,
+    scale_and_shift,
+    tanh,
+    total_of,
+)
 from fa4_cute.sm100_tmem import TmemRows
 from fa4_cute.softmax import LOG2_E, finish
 
 ITEM_WORDS = 19
 ITEM_READERS = 15
 """Warps that read each published item: all but the scheduler."""
-FACTOR_BARRIER = 1
-"""First of eight named barriers, one for each softmax warp and the correction warp that shares its rows."""
-TMEM_BARRIER = 9
+TMEM_BARRIER = 1
+"""Named barrier of the correction warpgroup and the MMA warp; 0 is the block's."""
 RAGGED_ROWS = 1 << 30
 """Rows of a ragged view, see `_ragged`."""
 
@@ -191,7 +198,7 @@ class Sm100Forward:
         layout_q, layout_k, layout_v, layout_o = self._shared_layouts(mma_s, mma_o)
 
         memory = cutlass.utils.SmemAllocator()
-        barriers = memory.allocate_array(Int64, 22 + 2 * config.kv_slots)
+        barriers = memory.allocate_array(Int64, 30 + 2 * config.kv_slots)
         both = config.softmax_threads + config.correction_threads
         rings = _Rings(
             items=Ring(barriers, 1, 1, ITEM_READERS),
@@ -201,7 +208,8 @@ class Sm100Forward:
             o=Signal(barriers + 12, 2, 1),
             sums=Ring(barriers + 14, 2, config.softmax_threads, config.correction_threads),
             out=Ring(barriers + 18, 2, config.correction_threads, 1),
-            kv=MmaRing(barriers + 22, config.kv_slots, 1, 1),
+            factor=Signal(barriers + 22, 2 * roles.SOFTMAX_WARPS, 1),
+            kv=MmaRing(barriers + 30, config.kv_slots, 1, 1),
         )
         tmem_address = memory.allocate_array(Int32, 1)
         rows = cute.make_layout((config.tile_m, config.q_tiles))
@@ -609,17 +617,26 @@ class Sm100Forward:
         s_factor = state.shared.factor
         if not first:
             s_factor[state.row, state.i] = factor
-            cute.arch.barrier_arrive(barrier_id=FACTOR_BARRIER + state.warp, number_of_threads=2 * roles.WARP)
+            cute.arch.sync_warp()
+            with cute.arch.elect_one():
+                rings.factor.publish(Cursor(state.warp, Int32(0)))
 
-        scale_and_shift(r_s, values.scale_log2, bias(pivot))
+        scale, shift, sums = values.scale_log2, bias(pivot), []
         for f in cutlass.range_constexpr(config.tile_n // FRAGMENT):
+            scale_and_shift(r_s, f, scale, shift)
             state.tmem.store(config.p_offset + f * FRAGMENT // 2, exponentiate(r_s, f, share, self.dtype))
+            sums = add_up(sums, r_s, f)
+            if const_expr(f == 0):
+                sums[0] = cute.arch.add_packed_f32x2(sums[0], (total * factor, Float32(0.0)))
             if const_expr((f + 1) * FRAGMENT == config.p_first):
                 cute.arch.fence_view_async_tmem_store()
                 rings.s.release(s_at)
+                # S is still there, but ptxas cannot know: else it computes the rest before handing over the first part.
+                there = cute.arch.mbarrier_test_wait(rings.s.full_barrier(s_at), s_at.phase)
+                scale = scale if there else Float32(0.0)
         cute.arch.fence_view_async_tmem_store()
         rings.p_rest.publish(s_at)
-        return pivot, row_sum(r_s, total * factor), skips
+        return pivot, total_of(sums), skips
 
     @cute.jit
     def _count(self, outputs, item, span, row, skips):
@@ -652,7 +669,7 @@ class Sm100Forward:
         tmem = [TmemRows(tile, warp) for tile in t_o]
         for i in cutlass.range_constexpr(config.q_tiles):
             rings.s.release(Cursor(Int32(i), Int32(0)))
-        at, laps = rings.items.start(), Int32(0)
+        at, laps, factor_laps = rings.items.start(), Int32(0), Int32(0)
         item = self._item(shared, rings, at)
         while item.valid:
             at = rings.items.next(at)
@@ -660,8 +677,8 @@ class Sm100Forward:
                 tile = item.end - 2 - n
                 for i in cutlass.range_constexpr(config.q_tiles):
                     if tile >= item.span(i).begin and tile < item.span(i).end - 1:
-                        barrier = FACTOR_BARRIER + roles.SOFTMAX_WARPS * i + warp
-                        cute.arch.barrier(barrier_id=barrier, number_of_threads=2 * roles.WARP)
+                        rings.factor.wait(Cursor(roles.SOFTMAX_WARPS * i + warp, (factor_laps >> i) & 1))
+                        factor_laps = lap_of(i, factor_laps)
                         factor = shared.factor[row, i]
                         if cute.arch.vote_any_sync(factor < 1.0):
                             self._rescale(tmem[i], factor)
@@ -788,6 +805,7 @@ class _Rings(NamedTuple):
     o: Signal
     sums: Ring
     out: Ring
+    factor: Signal
     kv: MmaRing
 
 

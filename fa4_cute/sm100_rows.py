@@ -34,14 +34,25 @@ def row_max(row: cute.Tensor) -> Float32:
     return cute.arch.fmax(_max3(chains[0], chains[1], chains[2]), chains[3], nan=True)
 
 
-def row_sum(row: cute.Tensor, initial: Float32) -> Float32:
-    """`initial` and all elements added up, two at a time in four chains."""
+Pair = tuple[Float32, Float32]
+
+
+def add_up(chains: list[Pair], row: cute.Tensor, fragment: int) -> list[Pair]:
+    """Adds a fragment's elements to four chains of two sums; no chains yet start with the elements."""
+    first, added = fragment * FRAGMENT, list(chains)
+    for c in range(0, FRAGMENT, 2):
+        pair = (row[first + c], row[first + c + 1])
+        if len(added) < 4:
+            added.append(pair)
+        else:
+            chain = c // 2 % 4
+            added[chain] = cute.arch.add_packed_f32x2(added[chain], pair)
+    return added
+
+
+def total_of(chains: list[Pair]) -> Float32:
+    """The sum of all chains."""
     add = cute.arch.add_packed_f32x2
-    chains = [(row[2 * j], row[2 * j + 1]) for j in range(4)]
-    chains[0] = add(chains[0], (initial, Float32(0.0)))
-    for at in range(8, cute.size(row), 8):
-        for j in range(4):
-            chains[j] = add(chains[j], (row[at + 2 * j], row[at + 2 * j + 1]))
     left, right = add(add(chains[0], chains[1]), add(chains[2], chains[3]))
     return left + right
 
@@ -66,10 +77,10 @@ def bias(pivot: Float32) -> Float32:
     return safe * 0.0 - safe
 
 
-def scale_and_shift(row: cute.Tensor, scale: Float32, shift: Float32) -> None:
-    """Turns scores into exponents in place."""
-    for c in range(0, cute.size(row), 2):
-        row[c], row[c + 1] = cute.arch.fma_packed_f32x2((row[c], row[c + 1]), (scale, scale), (shift, shift))
+def scale_and_shift(row: cute.Tensor, fragment: int, scale: Float32, shift: Float32) -> None:
+    """Turns a fragment's scores into exponents in place."""
+    for at in range(fragment * FRAGMENT, (fragment + 1) * FRAGMENT, 2):
+        row[at], row[at + 1] = cute.arch.fma_packed_f32x2((row[at], row[at + 1]), (scale, scale), (shift, shift))
 
 
 def exponentiate(row: cute.Tensor, fragment: int, share: Exp2Share, dtype: Any) -> cute.Tensor:
