@@ -732,7 +732,7 @@ def test_wild_pages_and_rows_are_written_to_by_no_one(target, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "argument"),
     [
-        ({"cache_seqlens": index(3, 8)}, "cache_seqlens"),
+        ({"cache_seqlens": index(3, 15)}, "cache_seqlens"),
         ({"cache_seqlens": index(3, -5)}, "cache_seqlens"),
         ({"cache_leftpad": index(4, 99)}, "cache_leftpad"),
         ({"page_table": index([0, 1], [77, 1])}, "page_table"),
