@@ -406,7 +406,7 @@ class Sm90Forward:
             k_at = rings.k.next(k_at)
             span = item.span
             self._cap(state)
-            if span.end > span.full_end:
+            if span.end > span.full_end or span.end <= span.full_begin:
                 self._mask(state, item, span.end - 1)
             self._softmax(state)
             self._round(state)
@@ -670,12 +670,16 @@ class Sm90Forward:
             total = total + cute.arch.shuffle_sync_bfly(total, 1)
             total = total + cute.arch.shuffle_sync_bfly(total, 2)
             scale, lse = finish(state.pivot[r], total, sink_log2)
+            takes_part = True
             if const_expr(self.kinds.seqused_q):
                 takes_part = row + 8 * r < sequence.seqlen_q
-                scale, lse = (scale if takes_part else Float32(0.0)), (lse if takes_part else -Float32.inf)
+                lse = lse if takes_part else -Float32.inf
             for at in cutlass.range_constexpr(cute.size(state.acc_o) // 2):
                 of_row = at // 2 * 4 + 2 * r + at % 2
-                state.acc_o[of_row] = state.acc_o[of_row] * scale
+                scaled = state.acc_o[of_row] * scale
+                if const_expr(self.kinds.seqused_q):  # rows that take no part may hold NaN
+                    scaled = scaled if takes_part else Float32(0.0)
+                state.acc_o[of_row] = scaled
             if cute.arch.lane_idx() % 4 == 0 and row + 8 * r < sequence.rows_q:
                 outputs.lse[sequence.offset_q + row + 8 * r, work.head, batch] = lse
                 if const_expr(self.counted):

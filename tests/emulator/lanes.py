@@ -45,8 +45,18 @@ def fma_toward_minus(a, b, c):
 
 
 def exp2(x):
-    """ex2.approx. Float64 inside: numpy's float32 exp2 is slower and off by an ulp."""
-    return np.exp2(x)
+    """ex2.approx. Float64 inside, as for the next: numpy's float32 results depend on how many lanes are at it."""
+    return np.exp2(x, dtype=f8).astype(f4)
+
+
+def log2(x):
+    """lg2.approx."""
+    return np.log2(x, dtype=f8).astype(f4)
+
+
+def tanh(x):
+    """tanh.approx, more exact than the hardware's 11 bits."""
+    return np.tanh(x, dtype=f8).astype(f4)
 
 
 def reciprocal(x):

@@ -28,7 +28,7 @@ _NUMPY = {"u1": np.uint8, "i1": np.int8, "u2": np.uint16, "i2": np.int16, "f2": 
 
 _UFUNCS = ("add", "subtract", "multiply", "maximum", "minimum", "fmax", "fmin", "bitwise_and", "bitwise_or",
            "bitwise_xor", "invert", "negative", "absolute", "left_shift", "right_shift", "equal", "not_equal", "less",
-           "less_equal", "greater", "greater_equal", "exp2", "log2", "sqrt", "tanh", "sin", "cos")  # fmt: skip
+           "less_equal", "greater", "greater_equal", "sqrt", "sin", "cos")  # fmt: skip
 
 
 def as_type(x, dtype):
@@ -41,7 +41,7 @@ ENVIRONMENT = {
     **{name: getattr(lanes, name) for name in dir(lanes) if not name.startswith("_")},
     **_NUMPY,
     "where": np.where, "copyto": np.copyto, "zeros_like": np.zeros_like, "copysign": np.copysign,
-    "bitwise_count": np.bitwise_count, "as_type": as_type, "exp2": np.exp2,
+    "bitwise_count": np.bitwise_count, "as_type": as_type,
 }  # fmt: skip
 
 

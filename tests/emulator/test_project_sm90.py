@@ -1,0 +1,109 @@
+"""The project's CuTe DSL forward for SM90, executed: what a GPU run costs minutes for is tried here first.
+
+Beyond results, the emulator watches what a Hopper GPU does not tell: races, missing fences, registers beyond what the
+block was launched with (a kernel that hung on an H100 was found so).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("cutlass") is None, reason="needs the package nvidia-cutlass-dsl"
+)
+dispatch = pytest.importorskip("dispatch", reason="run from the repository's root")
+
+from fa4_core.checks import check_forward  # noqa: E402
+from fa4_core.strategies import Case  # noqa: E402
+
+from .cute_backend import emulated_cute  # noqa: E402
+
+ARCH = "sm_90a"
+bf16, fp16 = torch.bfloat16, torch.float16
+
+FEATURES = {
+    "full-64": {"dtype": bf16, "head_dim": 64},
+    "causal-gqa-128": {"dtype": bf16, "head_dim": 128, "causal": True, "heads_q": 4, "heads_kv": 2},
+    "varlen-used-left-96-sink": {
+        "dtype": fp16, "head_dim": 96, "varlen": True, "window": (40, None), "used": True, "sink": "normal"
+    },
+    "softcap-window-256": {"dtype": bf16, "head_dim": 256, "window": (70, 9), "softcap": 5.0},
+    "causal-192": {"dtype": bf16, "head_dim": 192, "head_dim_v": 128, "causal": True},
+}  # fmt: skip
+"""One compilation each; what a case adds is drawn. Both ways to the output are there: beside Q and where Q was."""
+
+
+def attention(q, k, v, **options):
+    return dispatch.attention(q, k, v, backend="cute", **options)
+
+
+@st.composite
+def cases_of(draw, name):
+    """A case of a feature: lengths around the 128- and 192-row tiles, magnitudes, threshold, seed."""
+    fixed = {"head_dim_v": FEATURES[name]["head_dim"], **FEATURES[name]}
+    packed, used = fixed.get("varlen", False), fixed.pop("used", False)
+    length = st.sampled_from((0, 1, 2, 127, 128, 129, 192, 193, 257)) | st.integers(1, 400)
+    pairs = draw(st.lists(st.tuples(length, length), min_size=1, max_size=3 if packed else 1))
+    if used:
+        fixed["used"] = tuple(tuple(draw(st.integers(0, pair[side])) for pair in pairs) for side in (0, 1))
+    if packed:
+        fixed["tail"] = draw(st.tuples(st.sampled_from((0, 3)), st.sampled_from((0, 70))))
+    return Case(
+        lengths=tuple(pairs),
+        scores=draw(st.sampled_from(("normal", "large", "rising"))),
+        rescale_threshold=draw(st.sampled_from((8.0, 0.0))),
+        seed=draw(st.integers(0, 2**20)),
+        **fixed,
+    )
+
+
+# No shrinking: an example takes up to a second, and its seed replays it.
+@pytest.mark.parametrize("name", FEATURES)
+@settings(max_examples=5, phases=(Phase.explicit, Phase.generate))
+@given(data=st.data(), seed=st.integers(0, 63), programs=st.integers(1, 3))
+def test_forward_is_within_its_budget(name, data, seed, programs):
+    """Wrong values, races, deadlocks, uninitialised reads and accesses out of bounds all fail."""
+    case = data.draw(cases_of(name))
+    call = case.build("cpu")
+    with emulated_cute(ARCH, seed=seed, programs=programs):
+        report = check_forward(attention, call.q, call.k, call.v, **call.options)
+    assert report.passed, f"schedule {seed}, {programs} blocks: {case!r}\n{report}"
+
+
+def test_no_schedule_and_no_number_of_blocks_changes_a_result():
+    """Blocks draw their items from a counter, and items overlap: neither may show.
+
+    To the bit on a GPU (tests/test_cute.py); here numpy sums a product by the warps that happen to be at it together.
+    """
+    g = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, 300, 2, 128, generator=g).bfloat16() for _ in range(3))
+    results = []
+    for seed, programs in ((0, 1), (1, 2), (2, 5)):
+        with emulated_cute(ARCH, seed=seed, programs=programs):
+            results.append(attention(q, k, v, causal=True, return_lse=True))
+    for out, lse in results[1:]:
+        torch.testing.assert_close(out, results[0][0], rtol=2**-7, atol=1e-5)
+        torch.testing.assert_close(lse, results[0][1], rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_crosses_a_sequence():
+    """NaN in the neighbours' rows, which the last tile of a sequence reads, changes no bit."""
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(500, 1, 96, generator=g).half() for _ in range(3))
+    cu = torch.tensor([0, 150, 330, 500], dtype=torch.int32)
+    options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "window": (400, None), "sink": torch.zeros(1)}
+    options["seqused_q"] = options["seqused_k"] = torch.tensor([150, 180, 170], dtype=torch.int32)
+    with emulated_cute(ARCH, seed=3):
+        clean, lse = attention(q, k, v, **options, return_lse=True)
+        for t in (q, k, v):
+            t[:150] = math.nan
+            t[330:] = math.nan
+        dirty, dirty_lse = attention(q, k, v, **options, return_lse=True)
+    assert torch.equal(clean[150:330], dirty[150:330])
+    assert torch.equal(lse[:, 150:330], dirty_lse[:, 150:330])
