@@ -77,12 +77,12 @@ def make_tensors(case: Case, device: torch.device, seed: int = 0) -> Tensors:
 
 
 def make_cache(case: DecodeCase, device: torch.device, seed: int = 0) -> Cache:
-    """N(0, 1) queries, keys and values; pages in a random order. Rows past the lengths hold anything."""
+    """N(0, 1) queries, keys and values; pages in a random order. Rows past the lengths are zero: some peers show them."""
     generator = torch.Generator(device).manual_seed(seed)
     options: dict[str, Any] = {"device": device, "dtype": case.torch_dtype}
     rows = case.page or case.room
     pages = case.batch * case.room // rows
-    k, v = (torch.empty((pages, rows, case.heads_kv, case.head_dim), **options) for _ in range(2))
+    k, v = (torch.zeros((pages, rows, case.heads_kv, case.head_dim), **options) for _ in range(2))
     order = torch.randperm(pages, generator=generator, device=device)
     table = order.to(torch.int32).view(case.batch, -1) if case.page else None
     for i, length in enumerate(case.lengths):
