@@ -315,10 +315,8 @@ def _transcendental(i: Instruction):
     template = {"ex2": "exp2", "lg2": "log2", "rcp": "reciprocal({0})", "rsqrt": "reciprocal_sqrt({0})",
                 "sqrt": "sqrt", "tanh": "tanh", "sin": "sin", "cos": "cos"}[i.parts[0]]  # fmt: skip
     if i.type == "f32":
-        if i.has("ftz"):
-            call = template if "{" in template else template + "({0})"
-            return _one(i, f"flush({call.replace('{0}', 'flush({0})')})", "f4")
-        return _one(i, template, "f4")
+        call = template if "{" in template else template + "({0})"
+        return _one(i, f"flush({call.replace('{0}', 'flush({0})')})" if i.has("ftz") else call, "f4")
     if i.type == "f64" and i.parts[0] in ("rcp", "sqrt"):
         return _one(i, "f8(1)/{0}" if i.parts[0] == "rcp" else "sqrt", "f8")
     if i.type in ("f16x2", "bf16x2") and "{" not in template:
