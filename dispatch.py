@@ -140,7 +140,7 @@ def _arguments(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, accepted is a torch.Tensor")
     if page_table is not None:
-        kvcache.refuse_gradients({"q": q, "k": k, "v": v, "sink": sink})
+        kvcache.refuse_gradients(Inputs._fields, tensors)
     for name, hint in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if hint is not None and (isinstance(hint, bool) or not isinstance(hint, int)):
             raise TypeError(f"{name}: got {type(hint).__name__}, accepted are integers or None")

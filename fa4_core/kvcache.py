@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -415,9 +416,9 @@ _LIBRARY.impl("attention_with_kvcache", _operator, "CUDA")
 torch.library.register_fake("fa4::attention_with_kvcache", _fake, lib=_LIBRARY)
 
 
-def refuse_gradients(tensors: dict[str, Tensor | None]) -> None:
+def refuse_gradients(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
     """Raises ValueError where autograd would record a call that has no gradients."""
-    for name, tensor in tensors.items() if torch.is_grad_enabled() else ():
+    for name, tensor in zip(names, tensors) if torch.is_grad_enabled() else ():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(
                 f"{name}: requires a gradient, but a KV cache and paged keys have none; call it under torch.no_grad()"
@@ -439,13 +440,13 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Runs one call; arguments as `dispatch.attention_with_kvcache` checked their types. Returns out and lse."""
     q = inputs.q
-    refuse_gradients(inputs._asdict())
+    refuse_gradients(inputs._fields, inputs)
     if q.dim() != 4 or inputs.v_cache.dim() != 4:
         _problem_of(tuple([None if t is None else (t.shape, t.dtype, t.device) for t in inputs]),
                     None, None, 0.0, -1, -1, True, 0)  # raises  # fmt: skip
     shape = (*q.shape[:3], inputs.v_cache.shape[-1])
     if out is None:
-        out = q.new_empty(shape)
+        out = torch.empty(shape, dtype=q.dtype, device=q.device)
     else:
         _check_out(out, shape, q)
     lse = None

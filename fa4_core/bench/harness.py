@@ -77,7 +77,7 @@ def make_tensors(case: Case, device: torch.device, seed: int = 0) -> Tensors:
 
 
 def make_cache(case: DecodeCase, device: torch.device, seed: int = 0) -> Cache:
-    """N(0, 1) queries, keys and values; pages in a random order. Rows past the lengths are zero: some peers show them."""
+    """N(0, 1) queries, keys and values; pages in random order. Rows past the lengths are zero: some peers show them."""
     generator = torch.Generator(device).manual_seed(seed)
     options: dict[str, Any] = {"device": device, "dtype": case.torch_dtype}
     rows = case.page or case.room
