@@ -406,7 +406,10 @@ class Sm90Forward:
             k_at = rings.k.next(k_at)
             span = item.span
             self._cap(state)
-            if span.end > span.full_end or span.end <= span.full_begin:
+            cut = span.end > span.full_end
+            if const_expr(self.kinds.window_left):
+                cut = cut or span.end <= span.full_begin
+            if cut:
                 self._mask(state, item, span.end - 1)
             self._softmax(state)
             self._round(state)
