@@ -11,6 +11,8 @@ from oracle import oracle
 from dispatch import attention, attention_with_kvcache, merge_attention
 
 INT32 = torch.int32
+# The merge is the same for every backend; those that serve a KV cache need it.
+pytestmark = pytest.mark.serves("kv_cache")
 
 
 def inputs(target, dtype, length=90, seqlen_q=7, heads_q=4, heads_kv=2, seed=0):
@@ -44,7 +46,6 @@ def test_merged_parts_equal_the_whole(target, dtype, with_sink):
     check()
 
 
-@pytest.mark.serves("float32")
 def test_gradients_through_the_merge_equal_those_of_the_whole(target):
     """For q, k, v and sink, through out and lse: parts share q, and an empty part has nothing to say."""
     if target.interpreted:
@@ -106,7 +107,6 @@ def test_an_lse_that_holds_a_sink_counts_it_once_per_part():
     assert not torch.allclose(wrong, whole, atol=1e-3)
 
 
-@pytest.mark.serves("float32")
 def test_packed_parts_merge(target):
     cu = torch.tensor([0, 3, 7], dtype=INT32, device=target.device)
     q, k, v = (t[0] for t in inputs(target, torch.float32))
@@ -124,7 +124,6 @@ def test_packed_parts_merge(target):
     torch.testing.assert_close(lse, whole_lse, rtol=1e-6, atol=2e-6)
 
 
-@pytest.mark.serves("float32", "kv_cache")
 def test_a_shared_prefix_merges_with_each_sequences_own_cache(target):
     """Prefix caching: the prefix is read once for all sequences, each one's own keys from its cache."""
     q, k, v = inputs(target, torch.float32, length=60, seqlen_q=1)
