@@ -38,10 +38,11 @@ def test_merged_parts_equal_the_whole(target, dtype, with_sink):
         out, lse = in_parts(target, q, k, v, sorted(cuts), sink)
         assert out.dtype == dtype
         want, want_lse = oracle(q, k, v, sink=sink)
-        # Each part was rounded to the dtype once; the merge adds a rounding, relative to the largest share.
-        atol = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-6}[dtype]
+        # Each part was rounded to the dtype once; the merge adds a rounding, relative to the largest share. On a GPU
+        # float32 products are made of three TF32 ones.
+        atol = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5}[dtype]
         torch.testing.assert_close(out.double(), want, rtol=0, atol=atol)
-        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=1e-5)
 
     check()
 
@@ -120,8 +121,8 @@ def test_packed_parts_merge(target):
         rows = rows.to(target.device)
         halves.append(target(q, k[rows], v[rows], cu_seqlens_q=cu, cu_seqlens_k=ends, return_lse=True))
     out, lse = merge_attention(*zip(*halves))
-    torch.testing.assert_close(out, whole, rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(lse, whole_lse, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, whole_lse, rtol=1e-6, atol=1e-5)
 
 
 def test_a_shared_prefix_merges_with_each_sequences_own_cache(target):
@@ -136,8 +137,8 @@ def test_a_shared_prefix_merges_with_each_sequences_own_cache(target):
     )
     out, lse = merge_attention([shared.transpose(0, 1), own], [shared_lse.permute(2, 1, 0), own_lse])
     want, want_lse = oracle(q, k, v)
-    torch.testing.assert_close(out.double(), want, rtol=0, atol=3e-6)
-    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=1e-5)
 
 
 def rows(*shape, dtype=torch.float32):
