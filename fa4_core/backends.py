@@ -61,11 +61,13 @@ class Backend(ABC):
     ) -> Gradients:
         """Returns the gradients of q, k, v (their shapes and dtype) and of the sink (its dtype)."""
 
-    def attend_cache(self, problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: Tensor | None) -> None:
+    def attend_cache(
+        self, problem: CacheProblem, inputs: CacheInputs, length: int, out: Tensor, lse: Tensor | None
+    ) -> None:
         """Appends to the caches in place, and writes out and lse (None: not wanted), where `serves_kv_cache`.
 
-        Tensors come as the caller gave them: any strides, but for the caches and out, whose last dimension is
-        contiguous.
+        length: cache_seqlens where that is an int. Tensors come as the caller gave them: any strides, but for the
+        caches and out, whose last dimension is contiguous.
         """
         raise NotImplementedError(f"backend {self.name!r} serves no KV cache")
 

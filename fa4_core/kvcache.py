@@ -60,7 +60,7 @@ class CacheProblem:
 
     `attend` is the attention itself, once the rows are appended: `batch` sequences of `seqlen_q` queries on up to
     `seqlen_k` = capacity keys. `n_blocks` counts the cache's pages, or its batch elements when it is contiguous, and
-    `page_size` is their rows. `length` is cache_seqlens where that is an int, else 0. `rotary_dim` is 0 without
+    `page_size` is their rows. `positions` and `rotary_dim` are those of the rotary embedding, 0 without
     rotary embedding; with it, the rows of q stand at consecutive positions under a mask and all at the first one
     without.
     """
@@ -70,7 +70,7 @@ class CacheProblem:
     appended: int
     n_blocks: int
     page_size: int
-    length: int
+    positions: int
     rotary_dim: int
     rotary_interleaved: bool
     num_splits: int
@@ -121,7 +121,6 @@ def make_cache_problem(
             raise ValueError(f"{name}: its last dimension has stride {cache.stride(-1)}, accepted is 1")
     problem = _problem_of(
         tuple([None if t is None else (t.shape, t.dtype, t.device) for t in inputs]),
-        length,
         softmax_scale,
         softcap,
         window_left,
@@ -129,9 +128,25 @@ def make_cache_problem(
         rotary_interleaved,
         num_splits,
     )
+    # Not a question of signature either: an int that grows with every step must not make a new problem each time.
+    if length is not None:
+        _check_length(problem, length)
     if contents_are_checked(problem.attend.device):
-        _check_contents(problem, inputs)
+        _check_contents(problem, inputs, length or 0)
     return problem
+
+
+def _check_length(problem: CacheProblem, length: int) -> None:
+    room = problem.capacity - problem.appended
+    if not 0 <= length <= room:
+        new = f" and {problem.appended} are appended" if problem.appended else ""
+        raise ValueError(
+            f"cache_seqlens: got {length}, accepted are 0 to {room}: the cache holds {problem.capacity} rows{new}"
+        )
+    if problem.rotary_dim and length + problem.appended > problem.positions:
+        raise ValueError(
+            f"rotary_cos: {problem.positions} positions, but the cache reaches {length + problem.appended}"
+        )
 
 
 def _is(name: str, meta: _Meta, shape: tuple[int, ...], what: str, q: _Meta) -> None:
@@ -156,7 +171,6 @@ def _both(first: str, second: str, a: _Meta | None, b: _Meta | None) -> None:
 @functools.lru_cache(maxsize=4096)
 def _problem_of(
     metas: tuple[tuple | None, ...],
-    length: int | None,
     softmax_scale: float | None,
     softcap: float,
     window_left: int,
@@ -190,13 +204,9 @@ def _problem_of(
     if seqlens is not None:
         _is_index("cache_seqlens", seqlens, (batch,), "(batch,)", q)
     appended = _check_new(q, k, v, batch, heads_kv, head_dim_v)
-    if length is not None and not 0 <= length <= capacity - appended:
-        new = f" and {appended} new rows" if appended else ""
-        raise ValueError(f"cache_seqlens: got {length}, accepted are 0 to {capacity - appended}: "
-                         f"the cache holds {capacity} rows{new}")  # fmt: skip
     if appended > capacity:
         raise ValueError(f"k: {appended} rows, but the cache holds {capacity}")
-    rotary_dim = _check_rotary(q, cos, sin, k, None if length is None else length + appended)
+    positions, rotary_dim = _check_rotary(q, cos, sin, k)
     _check_descale("k_descale", k_descale, k_cache, batch, heads_kv, q)
     _check_descale("v_descale", v_descale, v_cache, batch, heads_kv, q)
     if sink is not None:
@@ -244,7 +254,7 @@ def _problem_of(
         appended=appended,
         n_blocks=n_blocks,
         page_size=page_size,
-        length=length or 0,
+        positions=positions,
         rotary_dim=rotary_dim,
         rotary_interleaved=rotary_interleaved,
         num_splits=num_splits,
@@ -305,11 +315,11 @@ def _check_new(q: _Meta, k: _Meta | None, v: _Meta | None, batch: int, heads_kv:
     return k.shape[1]
 
 
-def _check_rotary(q: _Meta, cos: _Meta | None, sin: _Meta | None, k: _Meta | None, reached: int | None) -> int:
-    """Returns the rotary dimension. reached: rows that the cache holds after the append, where the host knows it."""
+def _check_rotary(q: _Meta, cos: _Meta | None, sin: _Meta | None, k: _Meta | None) -> tuple[int, int]:
+    """Returns positions and rotary dimension."""
     _both("rotary_cos", "rotary_sin", cos, sin)
     if cos is None or sin is None:
-        return 0
+        return 0, 0
     if k is None:
         raise ValueError("rotary_cos: given without k and v; it rotates q and the rows that are appended")
     if len(cos.shape) != 2 or cos.shape[0] < 1 or not 1 <= cos.shape[1] <= q.shape[-1] // 2:
@@ -323,9 +333,7 @@ def _check_rotary(q: _Meta, cos: _Meta | None, sin: _Meta | None, k: _Meta | Non
         _is(name, table, tuple(cos.shape), "(positions, rotary_dim / 2)", q)
     if sin.dtype != cos.dtype:
         raise TypeError(f"rotary_sin: dtype {sin.dtype} differs from rotary_cos's {cos.dtype}")
-    if reached is not None and reached > cos.shape[0]:
-        raise ValueError(f"rotary_cos: {cos.shape[0]} positions, but the cache reaches {reached}")
-    return 2 * cos.shape[1]
+    return cos.shape[0], 2 * cos.shape[1]
 
 
 def _check_descale(name: str, descale: _Meta | None, cache: _Meta, batch: int, heads_kv: int, q: _Meta) -> None:
@@ -341,10 +349,10 @@ def _check_descale(name: str, descale: _Meta | None, cache: _Meta, batch: int, h
         raise ValueError(f"{name}: on {descale.device}, but q is on {q.device}")
 
 
-def _check_contents(problem: CacheProblem, inputs: CacheInputs) -> None:
+def _check_contents(problem: CacheProblem, inputs: CacheInputs, length: int) -> None:
     """Checks what index tensors hold: where they lie on the CPU, or under DISPATCH_CHECK=1."""
     batch, room = problem.attend.batch, problem.capacity - problem.appended
-    lengths = [problem.length] * batch if inputs.cache_seqlens is None else inputs.cache_seqlens.tolist()
+    lengths = [length] * batch if inputs.cache_seqlens is None else inputs.cache_seqlens.tolist()
     for i, n in enumerate(lengths):
         if not 0 <= n <= room:
             raise ValueError(f"cache_seqlens: entry {i} is {n}, accepted are 0 to {room}: the cache holds "
@@ -393,7 +401,7 @@ def _run(
         rotary_interleaved=rotary_interleaved,
         num_splits=num_splits,
     )
-    ops._backend_of(problem.attend, name).attend_cache(problem, inputs, out, lse)
+    ops._backend_of(problem.attend, name).attend_cache(problem, inputs, length or 0, out, lse)
 
 
 def _operator(*args) -> None:
@@ -443,7 +451,7 @@ def attend(
     refuse_gradients(inputs._fields, inputs)
     if q.dim() != 4 or inputs.v_cache.dim() != 4:
         _problem_of(tuple([None if t is None else (t.shape, t.dtype, t.device) for t in inputs]),
-                    None, None, 0.0, -1, -1, True, 0)  # raises  # fmt: skip
+                    None, 0.0, -1, -1, True, 0)  # raises  # fmt: skip
     shape = (*q.shape[:3], inputs.v_cache.shape[-1])
     if out is None:
         out = torch.empty(shape, dtype=q.dtype, device=q.device)
@@ -494,7 +502,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: 
     return torch.cat([part.to(x.dtype), rest], -1)
 
 
-def reference_inputs(problem: CacheProblem, inputs: CacheInputs) -> tuple[Problem, Inputs]:
+def reference_inputs(problem: CacheProblem, inputs: CacheInputs, length: int) -> tuple[Problem, Inputs]:
     """Appends in place; returns the attention that is left as a dense call over the gathered caches.
 
     Nothing is read back from a device: there, whole capacities are gathered.
@@ -502,7 +510,7 @@ def reference_inputs(problem: CacheProblem, inputs: CacheInputs) -> tuple[Proble
     attend, device = problem.attend, inputs.q.device
     lengths = inputs.cache_seqlens
     if lengths is None:
-        lengths = torch.full((attend.batch,), problem.length, dtype=torch.int32, device=device)
+        lengths = torch.full((attend.batch,), length, dtype=torch.int32, device=device)
     pads = torch.zeros_like(lengths) if inputs.cache_leftpad is None else inputs.cache_leftpad
     q, k, v = inputs.q, inputs.k, inputs.v
     if k is not None and v is not None:

@@ -244,8 +244,10 @@ class ReferenceBackend(Backend):
         lse = lse[:-1].reshape(*problem.out_shape[:-1]).transpose(-1, -2).contiguous()
         return out[:-1].reshape(problem.out_shape), lse
 
-    def attend_cache(self, problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: Tensor | None) -> None:
-        result, result_lse = self.forward(*reference_inputs(problem, inputs))
+    def attend_cache(
+        self, problem: CacheProblem, inputs: CacheInputs, length: int, out: Tensor, lse: Tensor | None
+    ) -> None:
+        result, result_lse = self.forward(*reference_inputs(problem, inputs, length))
         out.copy_(result)
         if lse is not None:
             lse.copy_(result_lse)

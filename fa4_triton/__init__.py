@@ -67,10 +67,12 @@ class TritonBackend(Backend):
 
         return forward(problem, inputs)
 
-    def attend_cache(self, problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: Tensor | None) -> None:
+    def attend_cache(
+        self, problem: CacheProblem, inputs: CacheInputs, length: int, out: Tensor, lse: Tensor | None
+    ) -> None:
         from fa4_triton.decode_launch import attend_cache
 
-        attend_cache(problem, inputs, out, lse)
+        attend_cache(problem, inputs, length, out, lse)
 
     def backward(
         self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None

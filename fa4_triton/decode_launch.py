@@ -200,8 +200,8 @@ class _Call(NamedTuple):
     n_parts: int
     n_arrivals: int
     layout: tuple
-    args: Callable[[tuple, Any, Any], tuple]
-    """(the tensors or their addresses, parts, arrivals) to the kernel's arguments, in plain tuples."""
+    args: Callable[[tuple, Any, Any, int], tuple]
+    """(the tensors or their addresses, parts, arrivals, length) to the kernel's arguments, in plain tuples."""
 
 
 def _most_tiles(problem: Problem, tile_n: int) -> int:
@@ -215,7 +215,7 @@ def _most_tiles(problem: Problem, tile_n: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _call_of(
-    problem: Problem, n_blocks: int, page_size: int, length: int, added: int, num_splits: int, cache_dtype: torch.dtype,
+    problem: Problem, n_blocks: int, page_size: int, added: int, num_splits: int, cache_dtype: torch.dtype,
     there: tuple[bool, ...], sink_dtype: torch.dtype | None, strides: tuple[tuple | None, ...], aligned: bool,
 ) -> _Call:  # fmt: skip
     """The launch of a call; there: which of `_Tensors` are given; aligned: whether its addresses are."""
@@ -252,17 +252,16 @@ def _call_of(
     q_of, k_of, v_of, out_of = map(_rows_of, (at_q, at_k, at_v, at_out))
     lse_of, k_descale_of, v_descale_of = _statistics_of(at_lse), _descale_of(at_k_descale), _descale_of(at_v_descale)
     rows_of = (
-        None if at_pages is None else at_pages[0], problem.batch, problem.seqlen_q, problem.seqlen_k, n_blocks, length,
-        added,
+        None if at_pages is None else at_pages[0], problem.batch, problem.seqlen_q, problem.seqlen_k, n_blocks,
     )  # fmt: skip
     values = host._values(problem)
     splits_of = (slots, num_splits)
 
-    def args(tensors: tuple, parts: Any, arrivals: Any) -> tuple:
+    def args(tensors: tuple, parts: Any, arrivals: Any, length: int) -> tuple:
         q, k, v, out, lse, sink, cu_q, used_q, used_k, leftpad, cache, pages, k_descale, v_descale = tensors
         return (
             (q, *q_of), (k, *k_of), (v, *v_of), (out, *out_of), (lse, *lse_of), sink,
-            (cu_q, used_q, used_k, leftpad, cache, pages, *rows_of), values,
+            (cu_q, used_q, used_k, leftpad, cache, pages, *rows_of, length, added), values,
             (parts, arrivals, *splits_of) if decodes else blocks, heads_kv, (k_descale, *k_descale_of),
             (v_descale, *v_descale_of),
         )  # fmt: skip
@@ -271,8 +270,9 @@ def _call_of(
     return _Call(plan, grid, n_parts, n_arrivals, layout, args)
 
 
-def _attend(problem: Problem, tensors: _Tensors, *rest: Any) -> None:
-    """Launches the attention; rest: as `_call_of` takes it, up to the cache's dtype."""
+def _attend(problem: Problem, tensors: _Tensors, length: int, *rest: Any) -> None:
+    """Launches the attention; length: of every sequence where no tensor says it; rest: as `_call_of` takes it, up to
+    the cache's dtype."""
     q, k, v, out = tensors[:4]
     addresses = [None if t is None else t.data_ptr() for t in tensors]
     strides = (
@@ -290,13 +290,13 @@ def _attend(problem: Problem, tensors: _Tensors, *rest: Any) -> None:
     def arguments(as_addresses: bool) -> tuple:
         if as_addresses:
             work = (None, None) if parts is None else (parts.data_ptr(), arrivals.data_ptr())
-            return call.args(addresses, *work)
-        return call.args((q, _bytes(k), _bytes(v), *tensors[3:]), parts, arrivals)
+            return call.args(addresses, *work, length)
+        return call.args((q, _bytes(k), _bytes(v), *tensors[3:]), parts, arrivals, length)
 
     _launch(call.plan, problem.device, call.grid, arguments, call.layout)
 
 
-def attend_cache(problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: Tensor | None) -> None:
+def attend_cache(problem: CacheProblem, inputs: CacheInputs, length: int, out: Tensor, lse: Tensor | None) -> None:
     """Appends, and writes out and lse; arguments as in `Backend.attend_cache`."""
     attend = problem.attend
     q = _plain_last_dim(inputs.q)
@@ -306,12 +306,12 @@ def attend_cache(problem: CacheProblem, inputs: CacheInputs, out: Tensor, lse: T
     )
     pages = None if inputs.page_table is None else _plain_last_dim(inputs.page_table)
     if problem.appended and attend.batch:
-        q = _append(problem, inputs, q, used_k, leftpad, cache, pages)
+        q = _append(problem, inputs, length, q, used_k, leftpad, cache, pages)
     tensors = _Tensors(
         q, inputs.k_cache, inputs.v_cache, out, lse, sink, None, None, used_k, leftpad, cache, pages, inputs.k_descale,
         inputs.v_descale,
     )  # fmt: skip
-    _attend(attend, tensors, problem.n_blocks, problem.page_size, problem.length, problem.appended, problem.num_splits,
+    _attend(attend, tensors, length, problem.n_blocks, problem.page_size, problem.appended, problem.num_splits,
             problem.cache_dtype)  # fmt: skip
 
 
@@ -328,12 +328,12 @@ def paged_forward(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         inputs.q, k, inputs.v, out, lse, inputs.sink, inputs.cu_seqlens_q, inputs.seqused_q, inputs.seqused_k, None,
         None, inputs.page_table, None, None,
     )  # fmt: skip
-    _attend(problem, tensors, k.shape[0], k.shape[1], 0, 0, 0, k.dtype)
+    _attend(problem, tensors, 0, k.shape[0], k.shape[1], 0, 0, k.dtype)
     return out, lse
 
 
 def _append(
-    problem: CacheProblem, inputs: CacheInputs, q: Tensor, used_k: Tensor | None, leftpad: Tensor | None,
+    problem: CacheProblem, inputs: CacheInputs, length: int, q: Tensor, used_k: Tensor | None, leftpad: Tensor | None,
     cache: Tensor | None, pages: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Launches the append; returns the query, rotated where there is a rotary embedding."""
@@ -355,7 +355,7 @@ def _append(
     strides = [_strides(t) for t in tensors[:6]]
     rows_of = (
         None if pages is None else pages.stride(0), attend.batch, attend.seqlen_q, problem.capacity, problem.n_blocks,
-        problem.length, problem.appended,
+        length, problem.appended,
     )  # fmt: skip
 
     def arguments(as_addresses: bool) -> tuple:

@@ -417,6 +417,23 @@ def test_an_int_length_equals_a_tensor_of_it(target):
     check_forward(lambda *_, **__: a, q, k, v).require()
 
 
+def test_a_length_that_grows_with_every_step_prepares_nothing_anew(target):
+    """Neither a problem nor a launch: a step would cost a hundred microseconds of host time more."""
+    q, k, v, _ = a_problem(target, lengths=(50, 50), seqlen_q=1)
+    k_cache, v_cache, _ = lay_out(Layout(room=9), k, v, [50, 50])
+    new = (k[:, :1], v[:, :1])
+    prepared = []
+    for n in (50, 51, 52):
+        attention_with_kvcache(q, k_cache, v_cache, *new, cache_seqlens=n, backend=target.backend)
+        calls = [kvcache._problem_of.cache_info().misses]
+        if target.backend == "triton":
+            from fa4_triton import decode_launch
+
+            calls.append(decode_launch._call_of.cache_info().misses)
+        prepared.append(calls)
+    assert prepared[0] == prepared[1] == prepared[2]
+
+
 def test_out_is_written_in_place_at_any_stride(target):
     q, k, v, used = a_problem(target)
     want = ThroughCache(target, Layout())(q, k, v, seqused_k=used, return_lse=False)
