@@ -1,4 +1,4 @@
-"""The kernels for KV caches as compiled for Ampere and Hopper: bfloat16 and fp8 caches, splits, appends, prefill.
+"""The kernels for KV caches as compiled for each architecture: bfloat16 and fp8 caches, splits, appends, prefill.
 
 The interpreter knows neither the asynchronous copies nor the tensor cores, and no bfloat16.
 """
@@ -20,7 +20,7 @@ from fa4_core.checks import compare, expected  # noqa: E402
 from .launcher import TRITON_TOLERATES, launch_triton  # noqa: E402
 from .triton_backend import emulated_triton  # noqa: E402
 
-CAPABILITIES = (80, 90)
+CAPABILITIES = (80, 90, 100, 120)
 INT32 = torch.int32
 
 
