@@ -57,13 +57,12 @@ class Exp2Share:
     """Which of a row's exponentials the FMA units compute, by column within a fragment of 32 columns.
 
     Of each `period` columns the last `emulated` are, in the fragments `first` to `last` (exclusive); period 0: none.
-    The last fragment stays with the special-function units: nothing is left to overlap with there.
     """
 
     period: int = 0
     emulated: int = 4
-    first: int = 1
-    last: int = 3
+    first: int = 0
+    last: int = 4
 
     def holds(self, fragment: int, column: int) -> bool:
         """Whether the pair of columns `column` and `column + 1` of a fragment is emulated."""
@@ -199,11 +198,11 @@ class Sm100Config:
 
 
 def config_for(kinds: Kinds, capability: tuple[int, int]) -> Sm100Config:
-    """The choice for a problem that `missing` has no objection to (docs/performance.md has the table behind it).
+    """The choice for a problem that `missing` has no objection to (docs/blackwell.md has the table behind it).
 
     capability: the device's; 10.3 has twice the special-function rate, so no exponential is emulated there.
     """
     pair = padded(kinds.head_dim, kinds.head_dim_v)
     assert pair is not None
-    share = Exp2Share() if capability >= (10, 3) else Exp2Share(period=16, first=0)
+    share = Exp2Share() if capability >= (10, 3) else Exp2Share(period=16)
     return Sm100Config(*pair, share)

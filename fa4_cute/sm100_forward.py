@@ -428,13 +428,15 @@ class Sm100Forward:
         """
         config = self.config
         operands = self._operands(mma_s, mma_o, shared)
+        # Edges of a window shift from one Q tile to the next: the upper one begins later, the lower one ends earlier.
+        left, right = self.kinds.window_left, self.kinds.window_right
         at, kv_at, q_laps, s_laps = rings.items.start(), rings.kv.start(), Int32(0), Int32(0)
         item = self._item(shared, rings, at)
         at = rings.items.next(at)
         if item.valid:
             rings.kv.wait(kv_at)
             for i in cutlass.range_constexpr(config.q_tiles):
-                q_laps = self._scores(operands, rings, i, item.span(i), item.end - 1, kv_at, q_laps)
+                q_laps = self._scores(operands, rings, i, item.span(i), item.end - 1, kv_at, q_laps, True)
             rings.kv.release_by_mma(kv_at.index)
             kv_at = rings.kv.next(kv_at)
         while item.valid:
@@ -443,12 +445,12 @@ class Sm100Forward:
                 k_at = rings.kv.next(kv_at)
                 rings.kv.wait(kv_at)
                 for i in cutlass.range_constexpr(config.q_tiles):
-                    s_laps = self._values(operands, rings, i, item.span(i), tile, kv_at, s_laps)
+                    s_laps = self._values(operands, rings, i, item.span(i), tile, kv_at, s_laps, left and i == 1)
                     if const_expr(i == 0):
                         rings.kv.wait(k_at)
                     else:
                         rings.kv.release_by_mma(kv_at.index)
-                    q_laps = self._scores(operands, rings, i, item.span(i), tile - 1, k_at, q_laps)
+                    q_laps = self._scores(operands, rings, i, item.span(i), tile - 1, k_at, q_laps, right and i == 0)
                 rings.kv.release_by_mma(k_at.index)
                 kv_at = rings.kv.next(k_at)
             done = item
@@ -461,19 +463,19 @@ class Sm100Forward:
             k_at = rings.kv.next(kv_at)
             rings.kv.wait(kv_at)
             for i in cutlass.range_constexpr(config.q_tiles):
-                s_laps = self._values(operands, rings, i, done.span(i), done.begin, kv_at, s_laps)
+                s_laps = self._values(operands, rings, i, done.span(i), done.begin, kv_at, s_laps, True)
                 if const_expr(not config.o_replaces_q):
                     if item.valid:
                         if const_expr(i == 0):
                             rings.kv.wait(k_at)
-                        q_laps = self._scores(operands, rings, i, item.span(i), item.end - 1, k_at, q_laps)
+                        q_laps = self._scores(operands, rings, i, item.span(i), item.end - 1, k_at, q_laps, True)
             rings.kv.release_by_mma(kv_at.index)
             kv_at = k_at
             if item.valid:
                 if const_expr(config.o_replaces_q):  # Q is not there before both Os have left its place
                     rings.kv.wait(k_at)
                     for i in cutlass.range_constexpr(config.q_tiles):
-                        q_laps = self._scores(operands, rings, i, item.span(i), item.end - 1, k_at, q_laps)
+                        q_laps = self._scores(operands, rings, i, item.span(i), item.end - 1, k_at, q_laps, True)
                 rings.kv.release_by_mma(k_at.index)
                 kv_at = rings.kv.next(k_at)
 
@@ -500,12 +502,18 @@ class Sm100Forward:
         )
 
     @cute.jit
-    def _scores(self, operands, rings, i: cutlass.Constexpr[int], span, tile, k_at, q_laps):
-        """S of Q tile i and a key tile, if the Q tile visits it; returns `q`'s laps."""
+    def _scores(
+        self, operands, rings, i: cutlass.Constexpr[int], span, tile, k_at, q_laps, first: cutlass.Constexpr[bool]
+    ):
+        """S of Q tile i and a key tile, if the Q tile visits it; returns `q`'s laps.
+
+        first: whether it may be the first that the Q tile visits.
+        """
         if tile >= span.begin and tile < span.end:
-            if tile == span.end - 1:
-                rings.q.wait(slot_of(i, q_laps))
-                q_laps = lap_of(i, q_laps)
+            if const_expr(first):
+                if tile == span.end - 1:
+                    rings.q.wait(slot_of(i, q_laps))
+                    q_laps = lap_of(i, q_laps)
             mma_s, _ = self._mmas()
             for k in cutlass.range_constexpr(cute.size(operands.q, mode=[2])):
                 mma_s.set(tcgen05.Field.ACCUMULATE, k > 0)
@@ -515,10 +523,13 @@ class Sm100Forward:
         return q_laps
 
     @cute.jit
-    def _values(self, operands, rings, i: cutlass.Constexpr[int], span, tile, v_at, s_laps):
+    def _values(
+        self, operands, rings, i: cutlass.Constexpr[int], span, tile, v_at, s_laps, last: cutlass.Constexpr[bool]
+    ):
         """O += P V of Q tile i and a key tile, if the Q tile visits it; returns `s`'s laps.
 
-        Starts when the first columns of P are there and O is rescaled, and waits once more for the rest of P.
+        Starts when the first columns of P are there and O is rescaled, and waits once more for the rest of P. last:
+        whether it may be the last tile that the Q tile visits.
         """
         if tile >= span.begin and tile < span.end:
             rings.s.wait_released(slot_of(i, s_laps))
@@ -531,8 +542,9 @@ class Sm100Forward:
                 a, b = operands.p[i][None, None, k], operands.v[None, None, k, v_at.index]
                 cute.gemm(mma_o, operands.o[i], a, b, operands.o[i])
                 mma_o.set(tcgen05.Field.ACCUMULATE, True)
-            if tile == span.begin:
-                rings.o.publish_by_mma(i)
+            if const_expr(last):
+                if tile == span.begin:
+                    rings.o.publish_by_mma(i)
             s_laps = lap_of(i, s_laps)
         return s_laps
 

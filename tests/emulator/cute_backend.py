@@ -60,6 +60,7 @@ def forward(
     **machine,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Out, LSE and counts (rows' key tiles visited and rescales skipped) of a checked problem, on `programs` blocks."""
+    from fa4_cute import kernels
     from fa4_cute.params import drawn
 
     kinds = problem.kinds
@@ -76,6 +77,8 @@ def forward(
         problem.rescale_threshold, 4, programs, counter, counts,
     ]  # fmt: skip
     if problem.total_q > 0 and problem.batch > 0:
+        chosen = config or kernels.config(kinds, arch)
+        machine.setdefault("dynamic_shared", chosen.shared_bytes)
         request = request_of(problem, inputs, arch, config, counted)
         result = run(request, arguments, seed=seed, **machine)
         if observe is not None:

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(
 )
 dispatch = pytest.importorskip("dispatch", reason="run from the repository's root")
 
+from simulation import simulated_skips, visited_tiles  # noqa: E402
+
 from fa4_core.checks import check_forward  # noqa: E402
 from fa4_core.problem import Inputs, make_problem  # noqa: E402
 from fa4_core.strategies import Case  # noqa: E402
@@ -110,20 +112,6 @@ def forward(q, k, v, *, config=None, counted=False, seed=0, programs=2, **option
     return cute_backend.forward(problem, inputs, ARCH, config, counted=counted, seed=seed, programs=programs)
 
 
-def simulated_skips(q, k, threshold):
-    """The pivot rule in NumPy, key tiles of 128 from right to left: a row's tiles after its first whose pivot stays."""
-    scores = np.einsum("bihd,bjhd->bhij", q.double().numpy(), k.double().numpy()) * q.shape[-1] ** -0.5
-    scores *= math.log2(math.e)
-    pivot = np.full(scores.shape[:-1], -np.inf)
-    skips = np.zeros(scores.shape[:-1], np.int64)
-    for first in range((scores.shape[-1] - 1) // 128 * 128, -1, -128):
-        highest = np.maximum(pivot, scores[..., first : first + 128].max(-1))
-        moved = highest - pivot > threshold
-        skips += np.isfinite(pivot) & ~moved
-        pivot = np.where(moved, highest, pivot)
-    return skips
-
-
 @pytest.mark.parametrize("scores", ["normal", "q x 16", "rising keys"])
 def test_skips_are_those_of_a_numpy_simulation(scores):
     """A pivot followed where it should stay costs speed that no result shows; kept too long, it overflows fp16."""
@@ -139,7 +127,7 @@ def test_skips_are_those_of_a_numpy_simulation(scores):
         _, _, counts = forward(q, k, k, counted=True, rescale_threshold=threshold)
         assert counts is not None
         assert (counts[..., 0] == 5).all()
-        want = simulated_skips(q, k, threshold)
+        want = simulated_skips(q, k, 128, threshold)
         # float32 and float64 may fall on different sides of the threshold in a rare row.
         assert (counts[..., 1].numpy() != want).mean() <= 0.01
         if threshold == 8.0:
@@ -208,3 +196,46 @@ def test_dense_is_varlen_and_no_block_count_or_schedule_changes_a_bit():
             packed = attention(q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, causal=True, return_lse=True)
             results.append((packed[0][None], packed[1][None]))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+def test_hidden_tiles_are_never_visited():
+    """Counted against brute force, for each Q tile of 128 rows apart."""
+    rng = np.random.default_rng(0)
+    for seed in range(8):
+        len_q, len_k = (int(n) for n in rng.integers(1, 600, 2))
+        left, right = (int(n) for n in rng.integers(0, 200, 2))
+        q, k = torch.randn(1, len_q, 1, 64).bfloat16(), torch.randn(1, len_k, 1, 64).bfloat16()
+        _, _, counts = forward(q, k, k, counted=True, window_left=left, window_right=right, seed=seed)
+        assert counts is not None
+        want = visited_tiles(len_q, len_k, left, right, 128, 128)
+        seen = want > 0  # rows without keys are written elsewhere, and not counted
+        assert (counts[0, 0, :, 0].numpy()[seen] == want[seen]).all(), (len_q, len_k, left, right)
+        assert (counts[0, 0, :, 0].numpy()[~seen] == -1).all()
+
+
+COVERING = {
+    "causal-gqa-128": ({"lengths": ((900, 500),)}, {"lengths": ((257, 1000),)}),
+    "window-softcap-sink-64": (
+        {"lengths": ((700, 500),), "window": (200, 130)},
+        {"lengths": ((600, 640),), "window": (40, 300)},
+        {"lengths": ((600, 640),), "window": (300, 40)},
+        {"lengths": ((520, 300),) * 3, "window": (300, 500)},
+        {"lengths": ((1100, 300),), "window": (60, 40)},
+    ),
+}
+"""Kernels whose every path some case takes: with a left edge alone, for one, no second tile is masked on the right."""
+
+
+@pytest.mark.parametrize("name", COVERING)
+def test_every_barrier_and_memory_instruction_runs(name):
+    """In a few cases chosen for it, with rescales on most tiles: a path that no test takes is one that none checks."""
+    results = []
+    for chosen in COVERING[name]:
+        case = Case(**{"head_dim_v": FEATURES[name]["head_dim"], **FEATURES[name], **chosen}, scores="large",
+                    rescale_threshold=0.0, seed=3)  # fmt: skip
+        call = case.build("cpu")
+        with emulated_cute(ARCH, seed=2, programs=2, observe=lambda request, result: results.append(result)):
+            check_forward(attention, call.q, call.k, call.v, **call.options).require()
+    missed = set.intersection(*(set(result.not_executed()) for result in results))
+    missed = sorted(text for text in missed if "ld.param" not in text)
+    assert not missed, "\n".join(missed)

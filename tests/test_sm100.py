@@ -1,0 +1,163 @@
+"""The Blackwell kernel's promises that need no GPU: its table of budgets, its exponential, its machine code.
+
+What it computes is executed in tests/emulator/test_project_cute.py, within the table's shared memory.
+"""
+
+import importlib.util
+import re
+import subprocess
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fa4_core.problem import Inputs, make_problem
+from fa4_cute import sm100_config
+from fa4_cute.sm100_config import Exp2Share, Sm100Config, config_for, missing, padded
+
+needs_dsl = pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="needs nvidia-cutlass-dsl")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, for nvdisasm")
+
+
+def kinds(head_dim, head_dim_v=None, dtype=torch.bfloat16, **options):
+    q, v = (torch.empty(1, 4, 2, dim, dtype=dtype) for dim in (head_dim, head_dim_v or head_dim))
+    return make_problem(Inputs(q, q, v), **options).kinds
+
+
+@pytest.mark.parametrize("head_dims", sm100_config.HEAD_DIMS)
+def test_budgets_add_up(head_dims):
+    config = config_for(kinds(*head_dims), (10, 0))
+    assert config.shared_bytes <= 227 * 1024
+    columns = sorted([*config.s_columns, *config.o_columns])
+    widths = {**dict.fromkeys(config.s_columns, 128), **dict.fromkeys(config.o_columns, config.head_dim_v)}
+    assert all(a + widths[a] <= b for a, b in zip(columns, [*columns[1:], 512]))
+    assert all(s < s + config.p_offset < s + 128 for s in config.s_columns)
+    registers = 8 * config.registers_softmax + 4 * config.registers_correction + 4 * config.registers_other
+    assert 32 * registers <= 65536
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"registers_softmax": 208}, "registers: 71680 of 65536"),
+        ({"registers_softmax": 180}, "multiples of 8"),
+        ({"p_first": 128}, "p_first"),
+        ({"p_first": 48}, "p_first"),
+        ({"tile_n": 192}, "tensor memory: 640 of 512"),
+        ({"head_dim": 100}, "head dims 100, 128"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(change, why):
+    with pytest.raises(ValueError, match=why):
+        replace(Sm100Config(128, 128), **change)
+
+
+def test_it_says_what_it_lacks():
+    assert missing(kinds(128)) == missing(kinds(192, 128)) == missing(kinds(8, dtype=torch.float16)) == ()
+    assert missing(kinds(128, dtype=torch.float32)) == ("dtype torch.float32",)
+    assert missing(kinds(256))[0].startswith("head_dim 256 with head_dim_v 256")
+    assert missing(kinds(192))[0].startswith("head_dim 192 with head_dim_v 192")
+
+
+def test_other_head_dims_take_the_first_kernel_that_holds_them():
+    assert [padded(d, d) for d in (8, 64, 72, 96, 104, 128)] == [(64, 64)] * 2 + [(96, 96)] * 2 + [(128, 128)] * 2
+    assert padded(136, 128) == padded(192, 64) == (192, 128)
+    assert padded(64, 128) == (128, 128)
+    assert padded(200, 64) is None
+
+
+def test_nothing_is_emulated_where_the_special_function_rate_is_doubled():
+    assert config_for(kinds(128), (10, 3)).share.fraction(128) == 0
+    assert 0.1 < config_for(kinds(128), (10, 0)).share.fraction(128) < 0.3
+
+
+def test_the_share_is_what_it_says():
+    share = Exp2Share(period=16, emulated=4, first=1, last=3)
+    assert share.fraction(128) == 4 / 16 * 2 / 4
+    assert Exp2Share(period=16).fraction(128) == 4 / 16
+    assert [share.holds(*at) for at in ((1, 12), (1, 10), (0, 12), (3, 12))] == [True, False, False, False]
+    assert Exp2Share().fraction(128) == 0
+
+
+@needs_dsl
+def test_the_polynomial_is_the_best_of_its_degree():
+    """Its error alternates with equal heights at as many points as it has free coefficients, p(0) = 1 being fixed."""
+    from fa4_cute.exp2 import POLYNOMIAL
+
+    x = np.linspace(0, 1, 100_001)
+    error = np.polynomial.polynomial.polyval(x, POLYNOMIAL) / 2**x - 1
+    turns = np.flatnonzero(np.diff(np.sign(np.diff(error)))) + 1
+    heights = np.abs(error[[*turns, -1]])
+    assert len(heights) >= len(POLYNOMIAL) - 1
+    assert heights.max() / heights[heights > heights.max() / 2].min() < 1.05
+
+
+@needs_dsl
+def test_the_emulated_exponential_is_as_accurate_as_it_says():
+    """Executed as compiled, on every 8,009th float32 of either sign up to 127.5 in magnitude: half a million."""
+    from emulator.cute_backend import run
+    from emulator.cute_compile import Request
+
+    from fa4_cute.exp2 import MAX_RELATIVE_ERROR
+
+    first, last = (int(np.float32(x).view(np.uint32)) for x in (1e-30, 127.5))
+    magnitudes = np.arange(first, last, 8009, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    x = np.concatenate([-magnitudes, magnitudes])
+    x = torch.from_numpy(np.concatenate([x, np.zeros(-len(x) % 512, np.float32)]))
+    y = torch.full_like(x, float("nan"))
+    run(Request("sm_100a", "tests.emulator.cute_probe:Exp2Probe"), [x, y])
+    want = torch.exp2(x.double())
+    relative = ((y.double() - want) / want).abs()
+    assert relative[(x >= -126) & (x <= 127)].max() <= MAX_RELATIVE_ERROR
+    assert (y.double() - want)[x < -126].abs().max() <= 2.0**-126
+    assert (y[x == 0] == 1).all()
+
+
+def tool(name):
+    import triton.backends.nvidia as nvidia
+
+    return str(Path(nvidia.__file__).parent / "bin" / name)
+
+
+def disassembled(kept, *command):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kept.cubin)
+        file.flush()
+        return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+
+
+CODE = {
+    "full-128": (kinds(128), None),
+    "causal-64": (kinds(64, window_right=0), None),
+    "window-softcap-192": (kinds(192, 128, window_left=5, window_right=5, softcap=2.0), None),
+}
+
+
+@needs_dsl
+@needs_triton
+@pytest.mark.parametrize("arch", ["sm_100a", "sm_103a"])
+@pytest.mark.parametrize("name", CODE)
+def test_machine_code_spills_nothing_and_keeps_to_each_roles_registers(name, arch):
+    """No local memory; between a role's setmaxnreg and the next, no register index reaches its budget."""
+    from emulator.cute_backend import FACTORIES
+    from emulator.cute_compile import Request, compile_kernel
+
+    kind, sink = CODE[name]
+    config = config_for(kind, (10, 3) if arch == "sm_103a" else (10, 0))
+    kept = compile_kernel(Request(arch, FACTORIES[arch], (kind, config, False), (kind, sink, False)))
+    usage = disassembled(kept, tool("cuobjdump"), "-res-usage")
+    assert re.search(r"STACK:0 .*LOCAL:0", usage), usage
+    code = disassembled(kept, tool("nvdisasm"), "-c")
+    assert not re.search(r"\b(LDL|STL)\b", code)
+    parts = re.split(r"(USETMAXREG\.\S+ .*?;)", code)
+    budgets = [int(re.findall(r"0x([0-9a-f]+)", part)[-1], 16) for part in parts[1::2]]
+    assert budgets == [config.registers_softmax, config.registers_correction, config.registers_other]
+    *roles, others = parts[2::2]
+    others, exit_, tail = others.rpartition(" EXIT ;")  # behind the last exit: every role's loops around try_wait
+    assert exit_
+    for budget, part in zip([*budgets, max(budgets)], [*roles, others, tail]):
+        highest = max(int(n) for n in re.findall(r"\bR(\d+)\b", part))
+        assert highest < budget, f"R{highest} of {budget} registers"
