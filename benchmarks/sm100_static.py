@@ -97,9 +97,10 @@ class Compiled:
         return self.instructions[loop[0] : loop[1] + 1]
 
     def innermost(self, needed: str, count: int) -> list[Instruction]:
-        """The shortest loop with so many of an instruction."""
+        """The shortest loop with so many of an instruction, without a mask (whose bits R2P turns into predicates)."""
         bodies = [self.body(loop) for loop in self.loops]
-        return min((body for body in bodies if sum(i.name == needed for i in body) >= count), key=len)
+        found = [body for body in bodies if sum(i.name == needed for i in body) >= count]
+        return min(found, key=lambda body: (any(i.name == "R2P" for i in body), len(body)))
 
 
 def nvdisasm() -> str:

@@ -79,6 +79,7 @@ def forward(
     if problem.total_q > 0 and problem.batch > 0:
         chosen = config or kernels.config(kinds, arch)
         machine.setdefault("dynamic_shared", chosen.shared_bytes)
+        machine.setdefault("tolerate", ())
         request = request_of(problem, inputs, arch, config, counted)
         result = run(request, arguments, seed=seed, **machine)
         if observe is not None:

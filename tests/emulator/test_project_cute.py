@@ -5,9 +5,9 @@ No Blackwell GPU is at hand, so this is what its correctness rests on. Every run
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
-from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -28,6 +28,8 @@ from fa4_core.strategies import Case  # noqa: E402
 
 from . import cute_backend  # noqa: E402
 from .cute_backend import emulated_cute  # noqa: E402
+from .errors import EmulatorError  # noqa: E402
+from .faults import data_path_faults, idle, program_with, synchronisation_faults  # noqa: E402
 from .launcher import TRITON_TOLERATES  # noqa: E402
 from .triton_backend import emulated_triton  # noqa: E402
 
@@ -47,7 +49,6 @@ FEATURES = {
 
 # No shrinking: an example takes up to a second, and its seed replays it.
 _phases = (Phase.explicit, Phase.generate)
-_executed: dict = defaultdict(list)
 
 
 def attention(q, k, v, **options):
@@ -83,7 +84,7 @@ def test_forward_is_within_its_budget(name, data, seed, programs):
     """Wrong values, races, deadlocks, uninitialised reads and accesses out of bounds all fail."""
     case = data.draw(cases_of(name))
     call = case.build("cpu")
-    with emulated_cute(ARCH, seed=seed, programs=programs, observe=lambda r, result: _executed[name].append(result)):
+    with emulated_cute(ARCH, seed=seed, programs=programs):
         report = check_forward(attention, call.q, call.k, call.v, **call.options)
     assert report.passed, f"schedule {seed}, {programs} blocks: {case!r}\n{report}"
 
@@ -239,3 +240,72 @@ def test_every_barrier_and_memory_instruction_runs(name):
     missed = set.intersection(*(set(result.not_executed()) for result in results))
     missed = sorted(text for text in missed if "ld.param" not in text)
     assert not missed, "\n".join(missed)
+
+
+_IMPLIED = (
+    "implied by another wait: an item is published when every warp has read the one before it, which a warp does when "
+    "it is done with the one before that"
+)
+ARGUED = {
+    ("delete", "bar.warp.sync"): "joins the lanes before one arrives for all; a warp's lanes run together here",
+    ("delete", "mbarrier.test_wait"): "always true: it stands there for ptxas alone",
+    ("delete", "mbarrier.try_wait"): _IMPLIED,
+    ("flip parity", "mbarrier.try_wait"): _IMPLIED,
+    ("delete", "cp.async.bulk"): _IMPLIED,
+    ("swap", "cp.async.bulk"): _IMPLIED,
+    ("swap", "mbarrier.arrive"): "the two publish different things, and neither waits for the other",
+}
+"""Why a broken kernel of `test_broken_synchronisation_is_caught` may be as good as the whole one, by kind and start."""
+
+
+def _faulty_problem():
+    """Two items for one block, eight key tiles so that every ring wraps, rescales on most tiles; schedules to try."""
+    g = torch.Generator().manual_seed(7)
+    q, k, v = ((torch.randn(2, n, 1, 64, generator=g) * s).bfloat16() for n, s in ((200, 6), (1000, 1), (1000, 1)))
+    inputs = Inputs(q, k, v)
+    return inputs, make_problem(inputs, rescale_threshold=0.0), (0, 1, 2, 5)
+
+
+def _survivors(share: int):
+    """(faults tried, those not caught) of every `share`-th fault that the unbroken run does not prove idle."""
+    inputs, problem, seeds = _faulty_problem()
+    program, _ = cute_backend.kernel(cute_backend.request_of(problem, inputs, ARCH))
+    results = []
+    run = functools.partial(cute_backend.forward, problem, inputs, ARCH, programs=1)
+    clean = run(observe=lambda request, result: results.append(result))
+
+    def caught(broken) -> bool:
+        for seed in seeds:
+            try:
+                got = run(seed=seed, program=broken, max_steps=40_000)
+            except EmulatorError:
+                return True
+            if not all(torch.equal(a, b) for a, b in zip(clean[:2], got[:2])):
+                return True
+        return False
+
+    faults = [f for f in synchronisation_faults(program.kernel) if not idle(f, results[0])]
+    faults = (faults + list(data_path_faults(program.kernel)))[::share]
+    return faults, [fault for fault in faults if not caught(program_with(program.kernel, fault))]
+
+
+def _check_faults(share: int) -> None:
+    faults, survivors = _survivors(share)
+    unexplained = [
+        str(fault)
+        for fault in survivors
+        if not any(fault.kind == kind and fault.text.startswith(start) for kind, start in ARGUED)
+    ]
+    assert not unexplained, "\\n".join(unexplained)
+    assert len(survivors) <= 0.1 * len(faults), "\\n".join(map(str, survivors))
+
+
+def test_a_sample_of_broken_synchronisation_is_caught():
+    _check_faults(23)
+
+
+@pytest.mark.faults_full
+@pytest.mark.timeout(1500)
+def test_broken_synchronisation_is_caught():
+    """Every synchronisation instruction deleted, flipped, miscounted or swapped, and descriptors and columns moved."""
+    _check_faults(1)
