@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -61,13 +62,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Out, LSE and counts (rows' key tiles visited and rescales skipped) of a checked problem, on `programs` blocks."""
     from fa4_cute import kernels
-    from fa4_cute.params import drawn
 
     kinds = problem.kinds
     out = torch.full(problem.out_shape, math.nan, dtype=inputs.q.dtype)
     lse = torch.full(problem.lse_shape, math.nan)
     counts = torch.full((*problem.lse_shape, 2), -1, dtype=torch.int32) if counted else None
-    counter = torch.zeros(2, dtype=torch.int32) if drawn(kinds) else None
+    counter = torch.zeros(2, dtype=torch.int32) if kernels.drawn(kinds) else None
     scale = problem.softcap if kinds.softcap else problem.softmax_scale
     arguments = [
         inputs.q, inputs.k, inputs.v, out, lse, inputs.sink, inputs.cu_seqlens_q, inputs.cu_seqlens_k,
@@ -93,30 +93,56 @@ def forward(
 
 
 @contextmanager
-def emulated_cute(arch: str, *, config: Any = None, **options) -> Iterator[None]:
-    """Runs the `cute` backend's forward for `arch`; options as `forward` takes them."""
+def emulated_cute(
+    arch: str,
+    *,
+    config: Any = None,
+    programs: int = 2,
+    seed: int = 0,
+    observe: Callable[[Request, Result], None] | None = None,
+    **machine,
+) -> Iterator[None]:
+    """Runs the `cute` backend's forward for `arch` on a device of `programs` multiprocessors, by its own host code.
+
+    Replaced are only the questions which device this is and the compiled kernel itself; the rest as `forward` has it.
+    """
     import fa4_cute
-    from fa4_cute import sm100_config
+    from fa4_cute import kernels, launch
 
-    backend = type(fa4_cute.BACKEND)
+    counters: list[Tensor] = []
 
-    def run_forward(self, problem, inputs):
-        return forward(problem, inputs, arch, config, **options)[:2]
+    def counter(device) -> Tensor:
+        counters.append(torch.zeros(2, dtype=torch.int32))
+        return counters[-1]
 
-    replaced: dict[str, Any] = {
-        "unavailable": lambda self, device: None,
-        "missing": lambda self, kinds, device: sm100_config.missing(kinds) if arch.startswith("sm_10") else (),
-        "forward": run_forward,
-        "head_dim_multiple": 8,
+    def compiled(kinds, sink_dtype, counted, device):
+        chosen = config or kernels.config(kinds, arch)
+        request = Request(arch, FACTORIES[arch], (kinds, config, counted), (kinds, sink_dtype, counted))
+        options = {"dynamic_shared": chosen.shared_bytes, "tolerate": (), **machine}
+
+        def call(*arguments) -> None:
+            result = run(request, list(arguments), seed=seed, **options)
+            if observe is not None:
+                observe(request, result)
+            if any(each.any() for each in counters):
+                raise AssertionError("a launch left its counter other than zero")
+
+        return call
+
+    replaced: dict[tuple[Any, str], Any] = {
+        (fa4_cute, "_unavailable"): lambda device: None,
+        (kernels, "architecture"): lambda device: arch,
+        (launch, "_kernel"): compiled,
+        (launch, "_prepared"): launch._prepared.__wrapped__,
+        (launch, "_counter"): counter,
+        (torch.cuda, "current_device"): lambda: None,  # the index of the CPU's device
+        (torch.cuda, "get_device_properties"): lambda device: SimpleNamespace(multi_processor_count=programs),
     }
-    original = {name: backend.__dict__.get(name) for name in replaced}
+    original = {place: getattr(*place) for place in replaced}
     try:
-        for name, value in replaced.items():
-            setattr(backend, name, value)
+        for place, function in replaced.items():
+            setattr(*place, function)
         yield
     finally:
-        for name, value in original.items():
-            if value is None:
-                delattr(backend, name)
-            else:
-                setattr(backend, name, value)
+        for place, function in original.items():
+            setattr(*place, function)
