@@ -8,7 +8,7 @@ a zero. A degree of 3 would do for P, whose rounding is coarser than its 8.6e-5,
 keys dominate; a degree of 4 errs by 2.9e-6.
 
 A NaN is not kept: the exponent's addition makes it finite. Callers pass rows whose largest score is a number, and give
-a row that holds a NaN or an infinity a NaN of its own (`sm100_forward._bias`); keeping it here would cost an
+a row that holds a NaN or an infinity a NaN of its own (`sm100_rows.bias`); keeping it here would cost an
 instruction a pair.
 
 Source: Cody and Waite, "Software Manual for the Elementary Functions" (1980), chapter 6; Zadouri et al.,
