@@ -396,9 +396,10 @@ def _expected_block(block: _Block, rules: _Rules, backward: bool) -> dict[str, E
 
     grads, rough_grads = _backward(exact, rules, true, lambda t: t), _backward(plain, rules, rough, rounded)
     dout = torch.zeros_like(true.out) if exact.dout is None else exact.dout
-    # delta comes from the rounded O, whose own sum took a rounded P.
+    # delta comes from the rounded O, whose own sum took a rounded P: a few roundings of O, which may all go one way, and
+    # one of each P, which do not.
     from_out, from_p = dout * true.out, true.p * (dout @ exact.v.T)
-    delta_error = unit * (from_out.square().sum(-1, keepdim=True) + from_p.square().sum(-1, keepdim=True)).sqrt()
+    delta_error = unit * (from_out.abs().sum(-1, keepdim=True) + from_p.square().sum(-1, keepdim=True).sqrt())
     # In float32: dP - delta and the cap's derivative; then P, which enters dS itself and, through O, delta.
     delta_size = from_out.abs().sum(-1, keepdim=True) + grads.delta.abs()[..., None]
     dp_size = dout.abs() @ exact.v.abs().T + delta_size

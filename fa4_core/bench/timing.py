@@ -68,6 +68,7 @@ class CudaTimer:
                     call()
         except Exception as error:
             torch.cuda.synchronize()
+            _leave_capture()
             return Prepared(lambda: self._time_events(call), f"events, not capturable: {type(error).__name__}")
         graph.replay()
         torch.cuda.synchronize()
@@ -117,6 +118,15 @@ class WallTimer:
     def host_us(self, call: Call, calls: int = CALLS) -> float:
         """What the calls take from start to end, `self.calls` of them: on the CPU one is long enough."""
         return _elapsed_us(call, self.calls)
+
+
+def _leave_capture() -> None:
+    """Gives the device's random generator a state of its own again, which a failed capture leaves in capture.
+
+    Seen: every later torch.randn on the device raised "Offset increment outside graph capture".
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _elapsed_us(call: Call, calls: int) -> float:
