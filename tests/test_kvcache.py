@@ -863,9 +863,12 @@ def test_the_capacity_costs_neither_programs_nor_much_memory(monkeypatch):
 
     grids = []
     real = decode_launch._launch
-    monkeypatch.setattr(
-        decode_launch, "_launch", lambda k, p, d, grid, *rest: (grids.append(grid), real(k, p, d, grid, *rest))
-    )
+
+    def launch(plan, device, grid, *rest):
+        grids.append(grid)
+        real(plan, device, grid, *rest)
+
+    monkeypatch.setattr(decode_launch, "_launch", launch)
     q = torch.randn(4, 1, 8, 64, device="cuda", dtype=torch.bfloat16)
     cache = torch.zeros(1, 2**20, 1, 64, device="cuda", dtype=torch.bfloat16).expand(4, -1, -1, -1)
     torch.cuda.synchronize()
