@@ -396,8 +396,8 @@ def _expected_block(block: _Block, rules: _Rules, backward: bool) -> dict[str, E
 
     grads, rough_grads = _backward(exact, rules, true, lambda t: t), _backward(plain, rules, rough, rounded)
     dout = torch.zeros_like(true.out) if exact.dout is None else exact.dout
-    # delta comes from the rounded O, whose own sum took a rounded P: a few roundings of O, which may all go one way, and
-    # one of each P, which do not.
+    # delta comes from the rounded O, whose own sum took a rounded P: the few roundings of O may all go one way, the
+    # many of P do not.
     from_out, from_p = dout * true.out, true.p * (dout @ exact.v.T)
     delta_error = unit * (from_out.abs().sum(-1, keepdim=True) + from_p.square().sum(-1, keepdim=True).sqrt())
     # In float32: dP - delta and the cap's derivative; then P, which enters dS itself and, through O, delta.
