@@ -97,8 +97,19 @@ class _Reserve:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.free = torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
-        torch.cuda.current_stream(device).synchronize()  # once in many captures: no replay may come before the zeros
+        self._device = device
+        self._kept: list[Tensor] = []
+        self.free = torch.empty(0, dtype=torch.int32, device=device)
+
+    def fill(self) -> None:
+        """Makes new counters where few are left. What was taken before stays: a graph has nothing but its address."""
+        if self.free.numel() >= ARRIVALS // 2:
+            return
+        self.free = torch.zeros(ARRIVALS, dtype=torch.int32, device=self._device)
+        self._kept.append(self.free)
+        if self._device.type == "cuda":
+            # Once in many captures: no replay may come before the zeros.
+            torch.cuda.current_stream(self._device).synchronize()
 
     def take(self, n: int) -> Tensor | None:
         """n counters, or None where so many are not left."""
@@ -122,8 +133,9 @@ def _work_space(n_parts: int, n_arrivals: int, device: torch.device) -> tuple[Te
             arrivals = torch.zeros(n_arrivals, dtype=torch.int32, device=device)
         return parts, arrivals
     reserve = _reserves.get(device.index)
-    if reserve is None or reserve.free.numel() < ARRIVALS // 2:
-        _reserves[device.index] = _Reserve(device)
+    if reserve is None:
+        reserve = _reserves[device.index] = _Reserve(device)
+    reserve.fill()
     key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     space = _work_spaces.get(key)
     if space is None:

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import oracle
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dispatch import attention_with_kvcache
 from fa4_core import kvcache
@@ -853,6 +854,24 @@ def test_streams_that_run_at_once_do_not_meet_in_the_work_space():
                 got.append(attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=n))
         torch.cuda.synchronize()
         assert all(map(torch.equal, got, want))
+
+
+def test_the_counters_of_a_captured_launch_stay_its_own_when_the_reserve_is_filled_again():
+    """A graph holds their address alone: freed, they would be another tensor's memory at the next replay."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from fa4_triton.decode_launch import ARRIVALS, _Reserve
+
+    reserve = _Reserve(torch.device("cpu"))
+    reserve.fill()
+    taken = reserve.take(ARRIVALS // 2 + 1)
+    assert not taken.any()
+    memory = StorageWeakRef(taken.untyped_storage())
+    first = taken.data_ptr()
+    del taken  # as a launch does
+    reserve.fill()
+    assert not memory.expired()
+    assert reserve.free.numel() == ARRIVALS
+    assert reserve.take(1).data_ptr() != first
 
 
 @pytest.mark.gpu
