@@ -52,6 +52,8 @@ class Sm90Config:
             raise ValueError(f"{self}: {self.registers} registers a thread are more than the block is launched with")
         if self.q_slots == 1 and self.head_dim_v > self.head_dim:
             raise ValueError(f"{self}: the output does not fit where Q was")
+        if self.q_slots == 1 and self.head_dim_v % 64:
+            raise ValueError(f"{self}: where Q was, the output's rows have to end with a 128-byte swizzle, 64 columns")
         if self.tile_n % 16:
             raise ValueError(f"{self}: tile_n has to be a multiple of 16, the depth of a wgmma")
 
@@ -90,7 +92,7 @@ def config_for(kinds: Kinds) -> Sm90Config:
     if head_dim <= 128 and head_dim_v <= 128:
         return Sm90Config(head_dim, head_dim_v, tile_n=128)
     if head_dim <= 192 and head_dim_v <= 128:
-        return Sm90Config(192, head_dim_v, tile_n=128, q_slots=1)
+        return Sm90Config(192, 64 if head_dim_v == 64 else 128, tile_n=128, q_slots=1)
     if head_dim <= 192 and head_dim_v <= 192:
         return Sm90Config(192, 192, tile_n=112, q_slots=1)
     return Sm90Config(256, 256, tile_n=80, q_slots=1, turns=False)

@@ -161,6 +161,8 @@ def test_a_config_that_does_not_fit_is_refused():
         sm90_config.Sm90Config(256, 256, tile_n=128)
     with pytest.raises(ValueError, match="where Q was"):
         sm90_config.Sm90Config(64, 128, tile_n=64, q_slots=1)
+    with pytest.raises(ValueError, match="64 columns"):
+        sm90_config.Sm90Config(192, 96, tile_n=128, q_slots=1)
     with pytest.raises(ValueError, match="multiple of 16"):
         sm90_config.Sm90Config(64, 64, tile_n=72)
 

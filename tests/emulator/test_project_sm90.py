@@ -34,7 +34,7 @@ FEATURES = {
         "dtype": fp16, "head_dim": 96, "varlen": True, "window": (40, None), "used": True, "sink": "normal"
     },
     "softcap-window-256": {"dtype": bf16, "head_dim": 256, "window": (70, 9), "softcap": 5.0},
-    "causal-192": {"dtype": bf16, "head_dim": 192, "head_dim_v": 128, "causal": True},
+    "causal-192": {"dtype": bf16, "head_dim": 192, "head_dim_v": 96, "causal": True},
 }  # fmt: skip
 """One compilation each; what a case adds is drawn. Both ways to the output are there: beside Q and where Q was."""
 
