@@ -317,7 +317,8 @@ def attend_cache(problem: CacheProblem, inputs: CacheInputs, length: int, out: T
         for t in (inputs.cache_seqlens, inputs.cache_leftpad, inputs.cache_batch_idx, inputs.sink)
     )
     pages = None if inputs.page_table is None else _plain_last_dim(inputs.page_table)
-    if problem.appended and attend.batch:
+    # With no row to append there is still the query to rotate.
+    if (problem.appended or problem.rotary_dim) and attend.batch:
         q = _append(problem, inputs, length, q, used_k, leftpad, cache, pages)
     tensors = _Tensors(
         q, inputs.k_cache, inputs.v_cache, out, lse, sink, None, None, used_k, leftpad, cache, pages, inputs.k_descale,

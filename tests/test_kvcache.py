@@ -365,6 +365,24 @@ def test_rotary_turns_the_new_rows_and_the_query_at_their_positions(target, dtyp
 
 
 def every_value(device):
+@pytest.mark.parametrize("seqlen_q", [0, 3])
+def test_rotary_turns_the_query_where_no_row_is_appended(target, seqlen_q):
+    """k and v of 0 rows: the query stands at the positions behind the cache, and is as rotated as ever."""
+    q, k, v, used = a_problem(target, lengths=(30, 7), seqlen_q=seqlen_q)
+    angles = torch.rand(50, 16, generator=torch.Generator().manual_seed(1)) * 6.3
+    cos, sin = (f(angles).to(q.device, torch.float32) for f in (torch.cos, torch.sin))
+    k_cache, v_cache, _ = lay_out(Layout(room=9), k, v, [30, 7])
+    before = k_cache.clone()
+    out = attention_with_kvcache(
+        q, k_cache, v_cache, k[:, :0], v[:, :0], cache_seqlens=used, rotary_cos=cos, rotary_sin=sin, causal=True,
+        backend=target.backend,
+    )  # fmt: skip
+    at = used[:, None] + torch.arange(seqlen_q, device=q.device)
+    want = expected(rotated(q, cos, sin, at, True), k, v, seqused_k=used, causal=True)["out"]
+    torch.testing.assert_close(out.double(), want.value.double(), rtol=0, atol=3e-3)
+    assert same_bits(k_cache, before)
+
+
     """float32 values at, beside and between all e4m3 ones, beyond their range, and NaN."""
     bytes_ = torch.arange(256, dtype=torch.uint8)
     values = bytes_.view(FP8).float()
