@@ -200,6 +200,8 @@ def _problem_of(
     elif not paged and n_blocks != batch:
         raise ValueError(f"k_cache: batch={n_blocks} differs from q's {batch}; other sizes need cache_batch_idx")
     if leftpad is not None:
+    if batch and not n_blocks:
+        capacity = 0  # whatever a table says: kernels clamp to the last page, and there is none
         _is_index("cache_leftpad", leftpad, (batch,), "(batch,)", q)
     if seqlens is not None:
         _is_index("cache_seqlens", seqlens, (batch,), "(batch,)", q)

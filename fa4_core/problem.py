@@ -333,7 +333,8 @@ def _check_paged(
     if len(page_table.shape) != 2:
         raise ValueError(f"page_table: got shape {tuple(page_table.shape)}, accepted is (batch, pages)")
     _check_index("page_table", page_table, (batch, page_table.shape[1]), device)
-    return page_table.shape[1] * k.shape[1]
+    # Without a page there is no key, whatever the table says: kernels clamp to the last page.
+    return page_table.shape[1] * k.shape[1] if k.shape[0] else 0
 
 
 def check_page_size(name: str, page_size: int) -> None:

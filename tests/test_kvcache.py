@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dispatch import attention_with_kvcache
 from fa4_core import kvcache
+from fa4_core import problem as problem_module
 from fa4_core.checks import check_forward, compare, expected
 
 pytestmark = pytest.mark.serves("kv_cache")
@@ -695,6 +696,21 @@ BAD = {
     "scale NaN": (contiguous(softmax_scale=math.nan), ValueError, "softmax_scale", "finite"),
     "softcap below 0": (contiguous(softcap=-1.0), ValueError, "softcap", ">= 0"),
     "a window of one side": (contiguous(window=(1,)), ValueError, "window", "(left, right)"),
+    "out that overlaps itself": (
+        contiguous(out=rows(1, 3, 4, 24).expand(2, 3, 4, 24)), ValueError, "out", "place of its own"
+    ),
+    "out that requires a gradient": (
+        contiguous(out=rows(2, 3, 4, 24).requires_grad_()), ValueError, "out", "no_grad"
+    ),
+    "a page table without pages": (
+        paged(k_cache=rows(0, 8, 2, 16), v_cache=rows(0, 8, 2, 24), k=None, v=None), ValueError, "cache_seqlens",
+        "0 to 0",
+    ),
+    "a length without a cache": (
+        contiguous(k_cache=rows(0, 9, 2, 16), v_cache=rows(0, 9, 2, 24), k=None, v=None, cache_seqlens=3,
+                   cache_batch_idx=index(0, 0)),
+        ValueError, "cache_seqlens", "0 to 0",
+    ),
     "causal an integer": (contiguous(causal=1), TypeError, "causal", "bool"),
     "interleaved a string": (rotary(rotary_interleaved="no"), TypeError, "rotary_interleaved", "bool"),
     "an unknown backend": (contiguous(backend="cuda"), ValueError, "backend", "'triton'"),
@@ -774,6 +790,24 @@ def test_wild_pages_and_rows_are_written_to_by_no_one(target, monkeypatch):
         ({"cache_seqlens": index(3, -5)}, "cache_seqlens"),
         ({"cache_leftpad": index(4, 99)}, "cache_leftpad"),
         ({"page_table": index([0, 1], [77, 1])}, "page_table"),
+def test_a_cache_without_pages_or_rows_holds_no_key_whatever_the_lengths_say(target, monkeypatch):
+    """Kernels clamp an index to the last one that exists: here to -1, memory before the cache."""
+    unchecked(target, monkeypatch)
+    poison = torch.full((2, 8, 1, 16), math.nan, device=target.device)
+    q = torch.randn(2, 1, 2, 16, device=target.device)
+    lengths, zeros = (torch.full((2,), n, dtype=INT32, device=target.device) for n in (8, 0))
+    for where in ({"page_table": zeros[:, None]}, {"cache_batch_idx": zeros}):
+        cache = poison[1:1]
+        out, lse = attention_with_kvcache(
+            q, cache, cache, cache_seqlens=lengths, return_lse=True, backend=target.backend, **where
+        )
+        assert (out == 0).all(), where
+        assert (lse == -math.inf).all(), where
+    monkeypatch.setattr(problem_module, "contents_are_checked", lambda device: False)
+    out = target(q, poison[1:1], poison[1:1], page_table=zeros[:, None], seqused_k=lengths)
+    assert (out == 0).all()
+
+
     ],
 )
 def test_contents_on_a_device_are_clamped_or_under_dispatch_check_refused(monkeypatch, changed, argument):
