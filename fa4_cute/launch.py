@@ -18,6 +18,8 @@ ALIGNMENT = 16
 """Bytes that TMA asks q, k and v to be aligned to, in their base and in every stride."""
 SECTION_BYTES = 32 * 2**20
 """Keys and values that one section of heads may hold, of the 50 MB of L2 (`schedule`); measured on an H100."""
+SINK_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What kernels read a sink in; others, such as float64, are converted."""
 LOG2_E = math.log2(math.e)
 
 
@@ -36,6 +38,8 @@ def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> t
     if k.numel() == 0:
         return out.zero_(), _unseen(lse, problem, inputs)
     sink = inputs.sink
+    if sink is not None and sink.dtype not in SINK_DTYPES:
+        sink = sink.float()
     kernel, numbers, draws = _prepared(problem, None if sink is None else sink.dtype, counts is not None)
     arguments = (
         _aligned(q), _aligned(k), _aligned(v), out, lse, sink, inputs.cu_seqlens_q, inputs.cu_seqlens_k,
