@@ -85,6 +85,12 @@ class CacheProblem:
         """Whether a sequence's query rows stand at consecutive positions for the rotary embedding."""
         return self.attend.kinds.window_left or self.attend.kinds.window_right
 
+    @property
+    def reach(self) -> int:
+        """Positions of the rotary embedding that the call's rows take, from the first new one on."""
+        rows = self.attend.seqlen_q
+        return max(self.appended, rows if self.consecutive else min(rows, 1))
+
 
 class _Meta(NamedTuple):
     shape: tuple[int, ...]
@@ -130,23 +136,22 @@ def make_cache_problem(
     )
     # Not a question of signature either: an int that grows with every step must not make a new problem each time.
     if length is not None:
-        _check_length(problem, length)
+        _check_length(problem, length, padded=inputs.cache_leftpad is not None)
     if contents_are_checked(problem.attend.device):
         _check_contents(problem, inputs, length or 0)
     return problem
 
 
-def _check_length(problem: CacheProblem, length: int) -> None:
+def _check_length(problem: CacheProblem, length: int, padded: bool) -> None:
+    """padded: whether there is a cache_leftpad, which may lower the positions by more than the host knows."""
     room = problem.capacity - problem.appended
     if not 0 <= length <= room:
         new = f" and {problem.appended} are appended" if problem.appended else ""
         raise ValueError(
             f"cache_seqlens: got {length}, accepted are 0 to {room}: the cache holds {problem.capacity} rows{new}"
         )
-    if problem.rotary_dim and length + problem.appended > problem.positions:
-        raise ValueError(
-            f"rotary_cos: {problem.positions} positions, but the cache reaches {length + problem.appended}"
-        )
+    if problem.rotary_dim and not padded and length + problem.reach > problem.positions:
+        raise ValueError(f"rotary_cos: {problem.positions} positions, but the call reaches {length + problem.reach}")
 
 
 def _is(name: str, meta: _Meta, shape: tuple[int, ...], what: str, q: _Meta) -> None:
@@ -195,13 +200,13 @@ def _problem_of(
         if batch_idx is not None:
             raise ValueError("cache_batch_idx: a paged cache is not accepted; page_table says whose pages are whose")
     capacity = page_table.shape[1] * page_size if paged else page_size
+    if batch and not n_blocks:
+        capacity = 0  # whatever a table says: kernels clamp to the last page, and there is none
     if batch_idx is not None:
         _is_index("cache_batch_idx", batch_idx, (batch,), "(batch,)", q)
     elif not paged and n_blocks != batch:
         raise ValueError(f"k_cache: batch={n_blocks} differs from q's {batch}; other sizes need cache_batch_idx")
     if leftpad is not None:
-    if batch and not n_blocks:
-        capacity = 0  # whatever a table says: kernels clamp to the last page, and there is none
         _is_index("cache_leftpad", leftpad, (batch,), "(batch,)", q)
     if seqlens is not None:
         _is_index("cache_seqlens", seqlens, (batch,), "(batch,)", q)
@@ -372,9 +377,9 @@ def _check_contents(problem: CacheProblem, inputs: CacheInputs, length: int) -> 
         check_pages(inputs.page_table, used, problem.n_blocks)
     if inputs.rotary_cos is not None:
         for i, (n, pad) in enumerate(zip(lengths, pads)):
-            if n - pad + problem.appended > inputs.rotary_cos.shape[0]:
-                raise ValueError(f"rotary_cos: {inputs.rotary_cos.shape[0]} positions, but sequence {i} reaches "
-                                 f"{n - pad + problem.appended}")  # fmt: skip
+            if n - pad + problem.reach > problem.positions:
+                raise ValueError(f"rotary_cos: {problem.positions} positions, but sequence {i} reaches "
+                                 f"{n - pad + problem.reach}")  # fmt: skip
 
 
 _LIBRARY = torch.library.Library("fa4", "FRAGMENT")
@@ -450,7 +455,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Runs one call; arguments as `dispatch.attention_with_kvcache` checked their types. Returns out and lse."""
     q = inputs.q
-    refuse_gradients(inputs._fields, inputs)
+    refuse_gradients((*inputs._fields, "out"), (*inputs, out))
     if q.dim() != 4 or inputs.v_cache.dim() != 4:
         _problem_of(tuple([None if t is None else (t.shape, t.dtype, t.device) for t in inputs]),
                     None, 0.0, -1, -1, True, 0)  # raises  # fmt: skip
@@ -482,6 +487,10 @@ def _check_out(out: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
         raise ValueError(f"out: on {out.device}, but q is on {q.device}")
     if out.shape[-1] != 1 and out.stride(-1) != 1:
         raise ValueError(f"out: its last dimension has stride {out.stride(-1)}, accepted is 1")
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), shape)):
+        raise ValueError(
+            f"out: strides {out.stride()} of shape {shape}: accepted is a place of its own for each element"
+        )
 
 
 # The reference.

@@ -365,7 +365,6 @@ def test_rotary_turns_the_new_rows_and_the_query_at_their_positions(target, dtyp
         torch.testing.assert_close(k_cache, k_want, rtol=torch.finfo(dtype).eps, atol=1e-6, equal_nan=True)
 
 
-def every_value(device):
 @pytest.mark.parametrize("seqlen_q", [0, 3])
 def test_rotary_turns_the_query_where_no_row_is_appended(target, seqlen_q):
     """k and v of 0 rows: the query stands at the positions behind the cache, and is as rotated as ever."""
@@ -384,6 +383,7 @@ def test_rotary_turns_the_query_where_no_row_is_appended(target, seqlen_q):
     assert same_bits(k_cache, before)
 
 
+def every_value(device):
     """float32 values at, beside and between all e4m3 ones, beyond their range, and NaN."""
     bytes_ = torch.arange(256, dtype=torch.uint8)
     values = bytes_.view(FP8).float()
@@ -598,7 +598,9 @@ def fp8(**changed):
     return contiguous(**{**caches, "k_descale": rows(2, 2) + 1, "v_descale": rows(2) + 1, **changed})
 
 
-VALID = {"contiguous": contiguous(), "paged": paged(), "rotary": rotary(), "fp8": fp8()}
+# Positions count from the first key that is no padding: 4 suffice for 7 rows, 5 of them padding, and 2 new ones.
+PADDED = rotary(rotary_cos=rows(4, 8), rotary_sin=rows(4, 8), cache_seqlens=7, cache_leftpad=index(5, 6))
+VALID = {"contiguous": contiguous(), "paged": paged(), "rotary": rotary(), "fp8": fp8(), "padded": PADDED}
 half = torch.float16
 BAD = {
     "q is a list": (contiguous(q=[1.0]), TypeError, "q", "torch.Tensor"),
@@ -681,21 +683,19 @@ BAD = {
     "too few positions for a sequence": (
         rotary(rotary_cos=rows(8, 8), rotary_sin=rows(8, 8)), ValueError, "rotary_cos", "reaches 9"
     ),
+    "too few positions for the query": (
+        rotary(rotary_cos=rows(9, 8), rotary_sin=rows(9, 8), causal=True, cache_seqlens=7), ValueError, "rotary_cos",
+        "reaches 10",
+    ),
+    "too few positions for a sequence's query": (
+        rotary(rotary_cos=rows(9, 8), rotary_sin=rows(9, 8), causal=True), ValueError, "rotary_cos", "reaches 10"
+    ),
     "a descale without fp8": (contiguous(k_descale=rows(2)), ValueError, "k_descale", "float8"),
     "a descale of float16": (fp8(k_descale=rows(2, dtype=half)), TypeError, "k_descale", "float32"),
     "a descale of another shape": (fp8(v_descale=rows(2, 4)), ValueError, "v_descale", "(heads_kv,)"),
     "out of another shape": (contiguous(out=rows(2, 3, 4, 16)), ValueError, "out", "(2, 3, 4, 24)"),
     "out of another dtype": (contiguous(out=rows(2, 3, 4, 24, dtype=half)), TypeError, "out", "q's"),
     "out that strides": (contiguous(out=rows(2, 3, 4, 48)[..., ::2]), ValueError, "out", "stride"),
-    "sink of a wrong length": (contiguous(sink=rows(2)), ValueError, "sink", "(heads_q,)"),
-    "sink of integers": (contiguous(sink=rows(4, dtype=INT32)), TypeError, "sink", "floating-point"),
-    "num_splits below 0": (contiguous(num_splits=-1), ValueError, "num_splits", "64"),
-    "num_splits above 64": (contiguous(num_splits=65), ValueError, "num_splits", "64"),
-    "num_splits a float": (contiguous(num_splits=1.0), TypeError, "num_splits", "integers"),
-    "scale 0": (contiguous(softmax_scale=0.0), ValueError, "softmax_scale", "> 0"),
-    "scale NaN": (contiguous(softmax_scale=math.nan), ValueError, "softmax_scale", "finite"),
-    "softcap below 0": (contiguous(softcap=-1.0), ValueError, "softcap", ">= 0"),
-    "a window of one side": (contiguous(window=(1,)), ValueError, "window", "(left, right)"),
     "out that overlaps itself": (
         contiguous(out=rows(1, 3, 4, 24).expand(2, 3, 4, 24)), ValueError, "out", "place of its own"
     ),
@@ -711,6 +711,15 @@ BAD = {
                    cache_batch_idx=index(0, 0)),
         ValueError, "cache_seqlens", "0 to 0",
     ),
+    "sink of a wrong length": (contiguous(sink=rows(2)), ValueError, "sink", "(heads_q,)"),
+    "sink of integers": (contiguous(sink=rows(4, dtype=INT32)), TypeError, "sink", "floating-point"),
+    "num_splits below 0": (contiguous(num_splits=-1), ValueError, "num_splits", "64"),
+    "num_splits above 64": (contiguous(num_splits=65), ValueError, "num_splits", "64"),
+    "num_splits a float": (contiguous(num_splits=1.0), TypeError, "num_splits", "integers"),
+    "scale 0": (contiguous(softmax_scale=0.0), ValueError, "softmax_scale", "> 0"),
+    "scale NaN": (contiguous(softmax_scale=math.nan), ValueError, "softmax_scale", "finite"),
+    "softcap below 0": (contiguous(softcap=-1.0), ValueError, "softcap", ">= 0"),
+    "a window of one side": (contiguous(window=(1,)), ValueError, "window", "(left, right)"),
     "causal an integer": (contiguous(causal=1), TypeError, "causal", "bool"),
     "interleaved a string": (rotary(rotary_interleaved="no"), TypeError, "rotary_interleaved", "bool"),
     "an unknown backend": (contiguous(backend="cuda"), ValueError, "backend", "'triton'"),
@@ -781,15 +790,6 @@ def test_wild_pages_and_rows_are_written_to_by_no_one(target, monkeypatch):
         assert out.isfinite().all()
 
 
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize(
-    ("changed", "argument"),
-    [
-        ({"cache_seqlens": index(3, 15)}, "cache_seqlens"),
-        ({"cache_seqlens": index(3, -5)}, "cache_seqlens"),
-        ({"cache_leftpad": index(4, 99)}, "cache_leftpad"),
-        ({"page_table": index([0, 1], [77, 1])}, "page_table"),
 def test_a_cache_without_pages_or_rows_holds_no_key_whatever_the_lengths_say(target, monkeypatch):
     """Kernels clamp an index to the last one that exists: here to -1, memory before the cache."""
     unchecked(target, monkeypatch)
@@ -808,6 +808,15 @@ def test_a_cache_without_pages_or_rows_holds_no_key_whatever_the_lengths_say(tar
     assert (out == 0).all()
 
 
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    ("changed", "argument"),
+    [
+        ({"cache_seqlens": index(3, 15)}, "cache_seqlens"),
+        ({"cache_seqlens": index(3, -5)}, "cache_seqlens"),
+        ({"cache_leftpad": index(4, 99)}, "cache_leftpad"),
+        ({"page_table": index([0, 1], [77, 1])}, "page_table"),
     ],
 )
 def test_contents_on_a_device_are_clamped_or_under_dispatch_check_refused(monkeypatch, changed, argument):
