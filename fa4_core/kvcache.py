@@ -408,7 +408,7 @@ def _run(
         rotary_interleaved=rotary_interleaved,
         num_splits=num_splits,
     )
-    ops._backend_of(problem.attend, name).attend_cache(problem, inputs, length or 0, out, lse)
+    ops.backend_of(problem.attend, name).attend_cache(problem, inputs, length or 0, out, lse)
 
 
 def _operator(*args) -> None:
@@ -468,7 +468,7 @@ def attend(
     if with_lse:
         lse = torch.empty((shape[0], shape[2], shape[1]), dtype=ops.lse_dtype(q.dtype), device=q.device)
     rest = (window_left, window_right, rotary_interleaved, num_splits, backend)
-    if ops._is_plain(*inputs, out):
+    if ops.is_plain(*inputs, out):
         _run(inputs, out, lse, length, softmax_scale, softcap, *rest)
     else:
         values = ops.pack_values(softmax_scale, softcap, DEFAULT_RESCALE_THRESHOLD)

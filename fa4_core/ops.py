@@ -50,7 +50,7 @@ def set_chooser(choose: Chooser) -> None:
     """Sets the function that turns (kinds, device, requested name) into the backend that runs; `dispatch` owns it."""
     global _choose
     _choose = choose
-    _backend_of.cache_clear()
+    backend_of.cache_clear()
 
 
 def pack_values(softmax_scale: float | None, softcap: float, rescale_threshold: float) -> Tensor | None:
@@ -124,7 +124,8 @@ def _fitted(problem: Problem, inputs: Inputs, multiple: int) -> tuple[Problem, I
 
 
 @functools.lru_cache(maxsize=1024)
-def _backend_of(problem: Problem, name: str) -> Backend:
+def backend_of(problem: Problem, name: str) -> Backend:
+    """The backend that runs a problem where `name` was asked for; remembered. Raises as the chooser does."""
     return _choose(problem.kinds, problem.device, name)
 
 
@@ -132,7 +133,7 @@ def _forward(*args):
     inputs = Inputs(*args[:_N_TENSORS])
     *numbers, name = args[_N_TENSORS:]
     problem = problem_of(inputs, *numbers)
-    backend = _backend_of(problem, name)
+    backend = backend_of(problem, name)
     fitted, padded = _fitted(problem, inputs, backend.head_dim_multiple)
     out, lse = backend.forward(fitted, padded)
     if fitted is not problem:
@@ -144,7 +145,7 @@ def _backward(dout, dlse, out, lse, *args):
     inputs = Inputs(*args[:_N_TENSORS])
     *numbers, name = args[_N_TENSORS:]
     problem = problem_of(inputs, *numbers)
-    backend = _backend_of(problem, name)
+    backend = backend_of(problem, name)
     fitted, padded = _fitted(problem, inputs, backend.head_dim_multiple)
     dout = torch.zeros_like(out) if dout is None else dout
     dout, out = (_pad_head_dim(t, backend.head_dim_multiple) for t in (dout, out))
@@ -205,7 +206,7 @@ class _Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * 4 + nothing
         with torch.no_grad():
-            run = _backward if _is_plain(dout, dlse, *tensors) else torch.ops.fa4.attention_backward
+            run = _backward if is_plain(dout, dlse, *tensors) else torch.ops.fa4.attention_backward
             grads = run(dout, dlse, out, lse, *tensors, max_seqlen_q, max_seqlen_k, values, *rest)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _Once.apply(len(grads), *grads, dout, dlse, *tensors[:4])
@@ -248,13 +249,13 @@ def _differentiable(*args):
 
 
 def _below_autograd(*args):
-    if _is_plain(*args[:_N_TENSORS]):
+    if is_plain(*args[:_N_TENSORS]):
         return _forward(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.fa4.attention(*args)
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
+def is_plain(*tensors: Tensor | None) -> bool:
     """Whether nothing but autograd takes part in the call: no tracing, mode, transform, autocast or tensor subclass.
 
     The dispatcher would then only come back here, at some 10 microseconds a visit.
@@ -276,7 +277,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def attention(*args):
     """`torch.ops.fa4.attention`, called without the dispatcher where only autograd would take part."""
-    if not _is_plain(*args[:_N_TENSORS]):
+    if not is_plain(*args[:_N_TENSORS]):
         return torch.ops.fa4.attention(*args)
     return _PlainAttention.apply(*args) if _needs_grad(*args) else _forward(*args)
 
