@@ -187,8 +187,10 @@ class Engine:
         """Queues a request.
 
         Raises:
-            ValueError: it would never fit into the cache.
+            ValueError: it would never fit into the cache, or there is nothing to begin with or to generate.
         """
+        if not prompt or count < 1:
+            raise ValueError(f"prompt, count: got {len(prompt)} tokens and {count}, accepted are 1 or more of each")
         request = Request(prompt, count)
         if self._pages_for(request) > self.k_pages.shape[1]:
             raise ValueError(f"prompt, count: {len(prompt)} + {count} tokens do not fit into the cache")

@@ -181,6 +181,9 @@ def test_the_engine_generates_what_the_plain_model_does(serving, page_size, chun
     assert sorted(engine.free) == list(range(engine.k_pages.shape[1]))
     with pytest.raises(ValueError, match="do not fit"):
         engine.submit([1] * 70, 10)
+    for nothing in (([], 3), ([1], 0)):  # would run for ever, or fail within a step
+        with pytest.raises(ValueError, match="1 or more"):
+            engine.submit(*nothing)
 
 
 @pytest.mark.gpu
