@@ -259,16 +259,18 @@ def attention_with_kvcache(
             Dv), page_size 1 or a multiple of 8; of q's dtype or float8_e4m3fn. The last dimension is contiguous.
         k, v: (B, new, Hkv, D and Dv), of q's dtype; sequence b's rows go to cache_seqlens[b] and on. One that would not
             fit is refused where the host knows its length, and leaves the cache as it is elsewhere.
-        cache_seqlens: rows in each sequence's cache before the call: an int, or (B,) int32 on q's device.
+        cache_seqlens: rows in each sequence's cache before the call, padded ones included: an int, or (B,) int32 on q's
+            device.
         page_table: (B, pages) int32: entry (b, p) is the page with rows p * page_size and on of sequence b.
         cache_batch_idx: (B,) int32: the row of a contiguous cache that is sequence b's; by default b.
         cache_leftpad: (B,) int32: so many first rows of the cache are no keys.
         rotary_cos, rotary_sin: (positions, rotary_dim / 2), any floating-point dtype: k and q are rotated before their
             use. New row i stands at position cache_seqlens - cache_leftpad + i; so does query row i under causal or a
-            window, and without either all query rows stand at the first position.
+            window, and without either all query rows stand at the first position. (flash-attn does not subtract
+            cache_leftpad there.)
         rotary_interleaved: columns 2i and 2i + 1 are rotated together; else i and i + rotary_dim / 2.
         k_descale, v_descale: (B, Hkv) or (Hkv,) float32: an fp8 cache's elements stand for so many times their value.
-        out: where to put the result, of its shape and q's dtype.
+        out: where to put the result, of its shape and q's dtype; its last dimension is contiguous.
         causal, window, softmax_scale, softcap, sink: as in `attention`, over all keys, the appended ones included.
         num_splits: into how many parts the keys of a sequence are split, up to 64; 0 chooses by each sequence's own
             length, so that no result depends on the rest of the batch.

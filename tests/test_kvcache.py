@@ -383,6 +383,22 @@ def test_rotary_turns_the_query_where_no_row_is_appended(target, seqlen_q):
     assert same_bits(k_cache, before)
 
 
+def test_rotary_positions_past_the_tables_are_the_last_one(target, monkeypatch):
+    """Where nobody reads the lengths: no stray read, and the same as with the last rows repeated."""
+    unchecked(target, monkeypatch)
+    q, k, v, used = a_problem(target, lengths=(30, 7), seqlen_q=3)
+    angles = torch.rand(9, 8, generator=torch.Generator().manual_seed(1)).to(q.device)
+    results = []
+    for table in (angles, torch.cat([angles, angles[-1:].expand(40, -1)])):
+        caches = lay_out(Layout(room=9), k, v, [30, 7])[:2]
+        out = attention_with_kvcache(
+            q, *caches, k[:, :2], v[:, :2], cache_seqlens=used, rotary_cos=table.cos(), rotary_sin=table.sin(),
+            causal=True, backend=target.backend,
+        )  # fmt: skip
+        results.append((out, *caches))
+    assert all(map(same_bits, *results))
+
+
 def every_value(device):
     """float32 values at, beside and between all e4m3 ones, beyond their range, and NaN."""
     bytes_ = torch.arange(256, dtype=torch.uint8)
@@ -790,6 +806,27 @@ def test_wild_pages_and_rows_are_written_to_by_no_one(target, monkeypatch):
         assert out.isfinite().all()
 
 
+def test_wild_lengths_and_paddings_read_nothing_outside_of_the_cache(target, monkeypatch):
+    """Lengths are clamped into the cache, and paddings to the lengths; NaN lies on both sides of it."""
+    unchecked(target, monkeypatch)
+    q = torch.randn(3, 1, 2, 16, device=target.device)
+    memory = torch.full((5, 24, 1, 16), math.nan, device=target.device)
+    memory[1:4] = torch.randn(3, 24, 1, 16, device=target.device)
+    seqlens, pads = (
+        torch.tensor(t, dtype=INT32, device=target.device)
+        for t in ([2**31 - 1, -(2**31), 20], [-(2**31), 7, 2**31 - 1])
+    )
+    contiguous = memory[1:4]
+    pages, table = memory.view(15, 8, 1, 16)[3:12], torch.arange(9, dtype=INT32, device=target.device).view(3, 3)
+    for cache, where in ((contiguous, {}), (pages, {"page_table": table})):
+        out, lse = attention_with_kvcache(
+            q, cache, cache, cache_seqlens=seqlens, cache_leftpad=pads, return_lse=True, backend=target.backend, **where
+        )
+        check_forward(lambda *_, out=out, lse=lse, **__: (out[:1], lse[:1]), q[:1], *[contiguous[:1]] * 2).require()
+        assert (out[1:] == 0).all()
+        assert (lse[1:] == -math.inf).all()
+
+
 def test_a_cache_without_pages_or_rows_holds_no_key_whatever_the_lengths_say(target, monkeypatch):
     """Kernels clamp an index to the last one that exists: here to -1, memory before the cache."""
     unchecked(target, monkeypatch)
@@ -858,6 +895,15 @@ def test_compile_keeps_the_call_in_one_graph_and_mutates_the_cache():
         got = compiled(q, *theirs, seqlens, window)
         assert all(map(torch.allclose, got, want))
         assert all(map(torch.equal, mine, theirs))
+
+
+def test_autocast_casts_nothing(target):
+    """A cache in autocast's dtype could not be given back to the caller, nor one in float32 be written in place."""
+    q, k, v, used = a_problem(target, torch.float32)
+    want = ThroughCache(target, Layout())(q, k, v, seqused_k=used)
+    with torch.autocast(q.device.type, dtype=torch.bfloat16):
+        got = ThroughCache(target, Layout())(q, k, v, seqused_k=used)
+    assert all(map(torch.equal, got, want))
 
 
 @pytest.mark.gpu
