@@ -597,6 +597,8 @@ def _append(
         fits = fits & (pages == blocks)
     if inputs.cache_batch_idx is not None:
         fits = fits & (inputs.cache_batch_idx.long()[:, None] == blocks)
-    for i in range(problem.attend.batch):
-        at = (blocks[i], inside[i])
-        cache[at] = torch.where(fits[i][:, None, None], rows[i], cache[at])
+    # A row that has no place repeats one that has: what it wrote back to the place it is clamped to could undo another's.
+    sources = torch.where(fits, torch.arange(problem.appended, device=rows.device), fits.int().argmax(1, keepdim=True))
+    for i, source in enumerate(sources):
+        at = (blocks[i, source], inside[i, source])
+        cache[at] = torch.where(fits[i, source][:, None, None], rows[i, source], cache[at])

@@ -806,6 +806,19 @@ def test_wild_pages_and_rows_are_written_to_by_no_one(target, monkeypatch):
         assert out.isfinite().all()
 
 
+def test_a_row_is_appended_whatever_the_page_of_the_next_one(target, monkeypatch):
+    """The next one's wild page is clamped to that of the row itself."""
+    unchecked(target, monkeypatch)
+    cache = torch.zeros(2, 1, 1, 16, device=target.device)
+    new = torch.randn(1, 3, 1, 16, device=target.device)
+    table = torch.tensor([[-5, 1, 99]], dtype=INT32, device=target.device)
+    attention_with_kvcache(
+        new, cache, cache.clone(), new, new, cache_seqlens=0, page_table=table, backend=target.backend
+    )
+    assert torch.equal(cache[1], new[0, 1:2])
+    assert not cache[0].any()
+
+
 def test_wild_lengths_and_paddings_read_nothing_outside_of_the_cache(target, monkeypatch):
     """Lengths are clamped into the cache, and paddings to the lengths; NaN lies on both sides of it."""
     unchecked(target, monkeypatch)
