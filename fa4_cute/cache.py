@@ -6,7 +6,8 @@ kept and loaded through the DSL, which takes a second longer in each process (`p
 
 The name of an entry is a hash of everything that the machine code depends on: the kernel's key, the architecture, the
 sources of this package and the versions of the DSL and of tvm_ffi. Entries are written beside their place and moved
-there, under a lock of their own, so processes can share the folder; an entry that does not load is built again.
+there, so processes can share the folder, and one that cannot write there uses what it holds; a lock for each entry,
+where the file system has locks, spares them building it twice. An entry that does not load is built again.
 """
 
 from __future__ import annotations
@@ -30,12 +31,27 @@ _LOCK = threading.RLock()
 """The DSL's compiler is not safe under threads."""
 
 
-def folder() -> Path:
-    """Where entries are kept: $FA4_CACHE_DIR, else a folder of the user's cache."""
+def folder() -> Path | None:
+    """Where entries are kept: $FA4_CACHE_DIR, else a folder of the user's cache; None for a user without a home."""
     chosen = os.environ.get("FA4_CACHE_DIR")
     if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fa4-attention"
+        return Path(chosen).absolute()  # a bare file name would be sought among the system's libraries
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "fa4-attention"
+    except RuntimeError:
+        return None
+
+
+def writable() -> bool:
+    """Whether the folder, which this makes, takes entries."""
+    place = folder()
+    try:
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=place).close()
+    except OSError:
+        return False
+    return place is not None
 
 
 @functools.cache
@@ -64,35 +80,47 @@ def get(key: str, compile_kernel: Callable[[], Any]) -> Callable[..., None]:
     """
     with _LOCK:
         name = hashlib.sha256(f"{_fingerprint()}\0{key}".encode()).hexdigest()[:32]
-        with _locked(name) as place:
-            if place is None:
-                return compile_kernel()
-            for entry in (place / f"{name}.so", place / f"{name}.o"):
-                if entry.exists():
-                    try:
-                        return _load(entry)
-                    except Exception:  # a damaged or foreign entry is built again
-                        entry.unlink(missing_ok=True)
+        place = folder()
+        if place is None:
+            return compile_kernel()
+        kept = _kept(place, name)
+        if kept is not None:
+            return kept
+        with _locked(place, name) as can_write:
+            kept = _kept(place, name)  # another process may have built it
+            if kept is not None:
+                return kept
             compiled = compile_kernel()
-            entry = _write(place, name, compiled)
-        return compiled if entry is None or entry.suffix == ".o" else _load(entry)
+            entry = _write(place, name, compiled) if can_write else None
+        if entry is None or entry.suffix == ".o":
+            return compiled
+        return _kept(place, name) or compiled
+
+
+def _kept(place: Path, name: str) -> Callable[..., None] | None:
+    """The kernel of an entry; None where there is none, or none that loads here."""
+    for entry in (place / f"{name}.so", place / f"{name}.o"):
+        if os.path.exists(entry):
+            with contextlib.suppress(Exception):  # damaged, foreign, or where nothing may be executed
+                return _load(entry)
+    return None
 
 
 @contextlib.contextmanager
-def _locked(name: str) -> Iterator[Path | None]:
-    """The folder, with the entry's lock held among processes; None where it cannot be written."""
+def _locked(place: Path, name: str) -> Iterator[bool]:
+    """Whether the folder can be written; then with the entry's lock held among processes, where there are locks."""
     import fcntl  # not on Windows, where this package is imported to be asked what it serves
 
-    place = folder()
     try:
         place.mkdir(parents=True, exist_ok=True)
         lock = open(place / f"{name}.lock", "w")  # noqa: SIM115
     except OSError:
-        yield None
+        yield False
         return
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield place
+        with contextlib.suppress(OSError):  # file systems of clusters may have none
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield True
 
 
 def _load(entry: Path) -> Callable[..., None]:

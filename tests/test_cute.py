@@ -1,6 +1,8 @@
 """The CuTe backend's own promises: what is visited and skipped, its cache of compiled kernels, its choice by device."""
 
+import errno
 import importlib.util
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -241,6 +243,74 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_only(tmp_path, monkeypa
 
 @needs_dsl
 @needs_compiler
+def test_what_a_folder_holds_is_used_where_it_cannot_be_written(shelf):
+    """An image's folder, warmed and then read-only; a lock that cannot be opened stands for it, to root, too."""
+    cache.get("some kernel", Stub())
+    (lock,) = shelf.glob("*.lock")
+    lock.unlink()
+    lock.mkdir()
+    stub = Stub()
+    cache.get("some kernel", stub)
+    assert stub.compiled == 0
+
+
+@needs_dsl
+@needs_compiler
+def test_a_file_system_without_locks_keeps_kernels(shelf, monkeypatch):
+    """Lustre may be mounted so."""
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    stub = Stub()
+    for _ in range(2):
+        cache.get("some kernel", stub)
+    assert stub.compiled == 1
+
+
+@needs_dsl
+@needs_compiler
+def test_a_relative_folder_keeps_kernels(shelf, monkeypatch):
+    """A library's bare file name is sought elsewhere."""
+    monkeypatch.chdir(shelf)
+    monkeypatch.setenv("FA4_CACHE_DIR", ".")
+    stub = Stub()
+    for _ in range(2):
+        cache.get("some kernel", stub)
+    assert stub.compiled == 1
+
+
+@needs_dsl
+def test_a_kernel_that_cannot_be_loaded_from_the_folder_runs_as_compiled(shelf, monkeypatch):
+    """A home that is mounted noexec."""
+
+    def load(entry):
+        raise OSError("failed to map segment from shared object")
+
+    monkeypatch.setattr(cache, "_load", load)
+    stub = Stub()
+    assert cache.get("some kernel", stub) is stub
+
+
+@needs_dsl
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    """A container run under a number that has no account."""
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("FA4_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cache.Path, "home", home)
+    stub = Stub()
+    assert cache.folder() is None
+    assert not cache.writable()
+    assert cache.get("some kernel", stub) is stub
+
+
+@needs_dsl
+@needs_compiler
 def test_a_kept_kernel_loads_in_another_process_without_the_dsl(shelf):
     """A real kernel, compiled here for SM90: the next process has it without importing the compiler."""
     program = """
@@ -282,3 +352,16 @@ def test_warm_names_what_it_does_not_take(option, message):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+@needs_dsl
+def test_warm_names_a_folder_that_it_cannot_write(tmp_path):
+    """It once said that the kernels were there."""
+    (tmp_path / "file").write_text("in the way")
+    place = tmp_path / "file" / "folder"
+    command = [sys.executable, "-m", "dispatch", "warm", "--arch", "sm_90a", "--head-dim", "64", "--dtype", "float16"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "FA4_CACHE_DIR": str(place)}
+    )
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr

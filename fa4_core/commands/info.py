@@ -57,4 +57,4 @@ def run_info(dispatch: ModuleType, console: Console | None = None) -> None:
             if (linker := cache.linker())
             else "not linked, for want of a C compiler: loads slower"
         )
-        console.print(f"\ncompiled cute kernels are kept in {cache.folder()}, {how}")
+        console.print(f"\ncompiled cute kernels are kept in {cache.folder() or 'memory'}, {how}")

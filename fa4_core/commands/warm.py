@@ -32,7 +32,8 @@ def run_warm(
         console: where to print.
 
     Raises:
-        typer.BadParameter: a value is out of what is accepted, or no kernel serves this machine.
+        typer.BadParameter: a value is out of what is accepted, no kernel serves this machine, or the cache's folder
+            cannot be written.
     """
     console = console or Console()
     if importlib.util.find_spec("cutlass") is None:
@@ -53,6 +54,8 @@ def run_warm(
     unknown = [name for name in dtypes if name not in DTYPES]
     if unknown:
         raise typer.BadParameter(f"--dtype: got {unknown[0]}, accepted are {', '.join(DTYPES)}")
+    if not cache.writable():
+        raise typer.BadParameter(f"FA4_CACHE_DIR: compiled kernels cannot be written to {cache.folder()}")
     wanted = [
         _kinds(-(-head_dim // 8) * 8, DTYPES[dtype], group, varlen, causal)
         for head_dim, dtype, group, varlen, causal in itertools.product(
