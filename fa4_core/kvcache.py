@@ -217,8 +217,8 @@ def _problem_of(
     _check_descale("k_descale", k_descale, k_cache, batch, heads_kv, q)
     _check_descale("v_descale", v_descale, v_cache, batch, heads_kv, q)
     if sink is not None:
-        if not sink.dtype.is_floating_point:
-            raise TypeError(f"sink: dtype {sink.dtype} is not accepted, only floating-point ones")
+        if sink.dtype not in DTYPES:
+            raise TypeError(f"sink: dtype {sink.dtype} is not accepted, only floating-point ones of 16 bits or more")
         _is("sink", sink, (heads_q,), "(heads_q,)", q)
     if not 0 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits: got {num_splits}, accepted are 0 (by each row's length) to {MAX_SPLITS}")
@@ -335,8 +335,8 @@ def _check_rotary(q: _Meta, cos: _Meta | None, sin: _Meta | None, k: _Meta | Non
             f"rotary_dim up to {q.shape[-1]}"
         )
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
-        if not table.dtype.is_floating_point:
-            raise TypeError(f"{name}: dtype {table.dtype} is not accepted, only floating-point ones")
+        if table.dtype not in DTYPES:
+            raise TypeError(f"{name}: dtype {table.dtype} is not accepted, only floating-point ones of 16 bits or more")
         _is(name, table, tuple(cos.shape), "(positions, rotary_dim / 2)", q)
     if sin.dtype != cos.dtype:
         raise TypeError(f"rotary_sin: dtype {sin.dtype} differs from rotary_cos's {cos.dtype}")
@@ -597,7 +597,7 @@ def _append(
         fits = fits & (pages == blocks)
     if inputs.cache_batch_idx is not None:
         fits = fits & (inputs.cache_batch_idx.long()[:, None] == blocks)
-    # A row that has no place repeats one that has: what it wrote back to the place it is clamped to could undo another's.
+    # A row that has no place repeats one that has: written back where it is clamped to, it could undo another.
     sources = torch.where(fits, torch.arange(problem.appended, device=rows.device), fits.int().argmax(1, keepdim=True))
     for i, source in enumerate(sources):
         at = (blocks[i, source], inside[i, source])

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fa4_core.problem import DTYPES
+
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor], sink: Tensor | None) -> tuple[Tensor, Tensor]:
     """As `dispatch.merge_attention`; the arguments are checked. Sums run in the order of the parts, in float32."""
@@ -40,8 +42,10 @@ def check_parts(outs: Sequence[Tensor], lses: Sequence[Tensor], sink: Tensor | N
         for i, part in enumerate(parts):
             if not isinstance(part, Tensor):
                 raise TypeError(f"{name}: entry {i} is a {type(part).__name__}, accepted is a torch.Tensor")
-            if not part.dtype.is_floating_point:
-                raise TypeError(f"{name}: entry {i} has dtype {part.dtype}, accepted are floating-point ones")
+            if part.dtype not in DTYPES:
+                raise TypeError(
+                    f"{name}: entry {i} has dtype {part.dtype}, accepted are floating-point ones of 16 bits or more"
+                )
     if not outs or len(outs) != len(lses):
         raise ValueError(f"outs, lses: got {len(outs)} and {len(lses)} parts, accepted are equally many, at least 1")
     first = outs[0]
@@ -60,8 +64,8 @@ def check_parts(outs: Sequence[Tensor], lses: Sequence[Tensor], sink: Tensor | N
     if sink is not None:
         if not isinstance(sink, Tensor):
             raise TypeError(f"sink: got {type(sink).__name__}, accepted is a torch.Tensor")
-        if not sink.dtype.is_floating_point:
-            raise TypeError(f"sink: dtype {sink.dtype} is not accepted, only floating-point ones")
+        if sink.dtype not in DTYPES:
+            raise TypeError(f"sink: dtype {sink.dtype} is not accepted, only floating-point ones of 16 bits or more")
         if tuple(sink.shape) != (first.shape[-2],):
             raise ValueError(f"sink: got shape {tuple(sink.shape)}, accepted is (heads,) = ({first.shape[-2]},)")
         if sink.device != first.device:

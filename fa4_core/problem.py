@@ -344,8 +344,8 @@ def check_page_size(name: str, page_size: int) -> None:
 
 
 def _check_sink(sink: _Meta, heads_q: int, device: torch.device) -> None:
-    if not sink.dtype.is_floating_point:
-        raise TypeError(f"sink: dtype {sink.dtype} is not accepted, only floating-point dtypes")
+    if sink.dtype not in DTYPES:
+        raise TypeError(f"sink: dtype {sink.dtype} is not accepted, only floating-point ones of 16 bits or more")
     if tuple(sink.shape) != (heads_q,):
         raise ValueError(f"sink: got shape {tuple(sink.shape)}, accepted is (heads_q,) = ({heads_q},)")
     if sink.device != device:

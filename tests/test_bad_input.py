@@ -82,6 +82,7 @@ BAD = {
     "sink of a wrong length": (dense(sink=rows(2)), ValueError, "sink", "(heads_q,) = (4,)"),
     "sink of a wrong rank": (dense(sink=rows(1, 4)), ValueError, "sink", "(heads_q,) = (4,)"),
     "sink of integers": (dense(sink=torch.zeros(4, dtype=torch.int64)), TypeError, "sink", "floating-point"),
+    "sink of fp8": (dense(sink=rows(4).to(torch.float8_e4m3fn)), TypeError, "sink", "16 bits"),
     "cu_seqlens_q alone": (packed(cu_seqlens_k=None), ValueError, "cu_seqlens_k", "takes both"),
     "cu_seqlens_k alone": (packed(cu_seqlens_q=None), ValueError, "cu_seqlens_q", "takes both"),
     "cu_seqlens of int64": (packed(cu_seqlens_q=index(0, 2, 5, dtype=torch.int64)), TypeError, "cu_seqlens_q", "int32"),

@@ -729,6 +729,10 @@ BAD = {
     ),
     "sink of a wrong length": (contiguous(sink=rows(2)), ValueError, "sink", "(heads_q,)"),
     "sink of integers": (contiguous(sink=rows(4, dtype=INT32)), TypeError, "sink", "floating-point"),
+    "sink of fp8": (contiguous(sink=rows(4).to(FP8)), TypeError, "sink", "16 bits"),
+    "rotary of fp8": (
+        rotary(rotary_cos=rows(20, 8).to(FP8), rotary_sin=rows(20, 8).to(FP8)), TypeError, "rotary_cos", "16 bits"
+    ),
     "num_splits below 0": (contiguous(num_splits=-1), ValueError, "num_splits", "64"),
     "num_splits above 64": (contiguous(num_splits=65), ValueError, "num_splits", "64"),
     "num_splits a float": (contiguous(num_splits=1.0), TypeError, "num_splits", "integers"),

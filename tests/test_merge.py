@@ -154,6 +154,8 @@ BAD = {
     "no parts": (([], []), ValueError, "outs", "at least 1"),
     "more outs than lses": (([OUT, OUT], [LSE]), ValueError, "lses", "equally many"),
     "integers": (([rows(2, 5, 4, 8, dtype=INT32)], [LSE]), TypeError, "outs", "floating-point"),
+    "an out of fp8": (([OUT.to(torch.float8_e4m3fn)], [LSE]), TypeError, "outs", "16 bits"),
+    "a sink of fp8": (([OUT], [LSE], rows(4).to(torch.float8_e4m3fn)), TypeError, "sink", "16 bits"),
     "an out of rank 2": (([rows(5, 4)], [rows(4, 5)]), ValueError, "outs", "(batch, seqlen, heads, head_dim)"),
     "outs of two dtypes": (([OUT, OUT.half()], [LSE, LSE]), TypeError, "outs", "entry 0 has torch.float32"),
     "outs of two shapes": (([OUT, rows(2, 5, 4, 9)], [LSE, LSE]), ValueError, "outs", "(2, 5, 4, 8)"),
