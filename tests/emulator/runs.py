@@ -210,7 +210,7 @@ class _Emitter:
         condition = self.condition(members, dtype)
         if ufunc and is_view and condition is None:
             sources = ",".join(self.source(members, i) for i in range(len(members[0].sources)))
-            self.lines.append(f"{ufunc}({sources},{target})")
+            self.lines.append(f"{ufunc}({sources},out={target})")
             return
         expression = expression or self.expression(members)
         if condition is None:
