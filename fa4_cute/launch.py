@@ -19,7 +19,7 @@ ALIGNMENT = 16
 SECTION_BYTES = 32 * 2**20
 """Keys and values that one section of heads may hold, of the 50 MB of L2 (`schedule`); measured on an H100."""
 SINK_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""What kernels read a sink in; others, such as float64, are converted."""
+"""What kernels read a sink in; float64 is converted."""
 LOG2_E = math.log2(math.e)
 
 

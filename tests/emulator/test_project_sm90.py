@@ -109,15 +109,14 @@ def test_nothing_crosses_a_sequence():
     torch.testing.assert_close(lse[:, 150:330], dirty_lse[:, 150:330], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
-def test_a_sink_may_have_any_floating_dtype(dtype):
-    """Kernels read three of them; a float64 sink once failed to compile."""
+def test_a_sink_may_be_float64():
+    """No kernel reads one: it once failed to compile."""
     g = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(1, 70, 2, 64, generator=g).bfloat16() for _ in range(3))
-    sink = torch.tensor([0.5, -2.0])  # exact in every dtype
+    sink = torch.tensor([0.5, -2.0])
     with emulated_cute(ARCH):
         want = attention(q, k, v, sink=sink, return_lse=True)
-        got = attention(q, k, v, sink=sink.to(dtype), return_lse=True)
+        got = attention(q, k, v, sink=sink.double(), return_lse=True)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
