@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import astuple
 
 import torch
 
@@ -49,7 +48,7 @@ def drawn(kinds: Kinds) -> bool:
 
 def forward(kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool, arch: str) -> Callable[..., None]:
     """A kind's compiled forward, from the cache or compiled now (some seconds); arguments as `params` lists them."""
-    key = f"forward {arch} {astuple(kinds)} {sink_dtype} {counted}"
+    key = f"forward {arch} {kinds} {sink_dtype} {counted}"
     return cache.get(key, functools.partial(_compile_forward, kinds, sink_dtype, counted, arch))
 
 

@@ -41,13 +41,13 @@ def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> t
     kernel, numbers, draws = _prepared(problem, None if sink is None else sink.dtype, counts is not None)
     arguments = (
         _aligned(q), _aligned(k), _aligned(v), out, lse, sink, inputs.cu_seqlens_q, inputs.cu_seqlens_k,
-        inputs.seqused_q, inputs.seqused_k, *numbers, _counter(device) if draws else None, counts,
+        inputs.seqused_q, inputs.seqused_k, *numbers,
     )  # fmt: skip
     if torch.cuda.current_device() == device.index:
-        kernel(*arguments)
+        kernel(*arguments, _counter(device) if draws else None, counts)
     else:
-        with torch.cuda.device(device):
-            kernel(*arguments)
+        with torch.cuda.device(device):  # whose stream, capturing or not, the counter belongs to
+            kernel(*arguments, _counter(device) if draws else None, counts)
     return out, lse
 
 

@@ -68,11 +68,10 @@ from fa4_cute.sm100_rows import (
     pack,
     row_max,
     scale_and_shift,
-    tanh,
     total_of,
 )
 from fa4_cute.sm100_tmem import TmemRows
-from fa4_cute.softmax import LOG2_E, finish
+from fa4_cute.softmax import LOG2_E, finish, tanh
 
 ITEM_WORDS = 19
 ITEM_READERS = 15

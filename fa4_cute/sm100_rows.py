@@ -14,7 +14,6 @@ from cutlass._mlir.dialects import nvvm
 
 from fa4_cute.exp2 import exp2_pair
 from fa4_cute.sm100_config import FRAGMENT, Exp2Share
-from fa4_cute.softmax import LOG2_E
 
 
 def _max3(a: Float32, b: Float32, c: Float32) -> Float32:
@@ -126,9 +125,3 @@ def pack(low: Float32, high: Float32, dtype: Any) -> Int32:
     return cute.arch.inline_ptx(
         f"cvt.rn.{name}.f32 {{$w0}}, {{$r1}}, {{$r0}};", write_only_types=[Int32], read_only_args=[low, high]
     )
-
-
-def tanh(x: Float32) -> Float32:
-    """tanh(x) = 1 - 2 / (e^2x + 1), right to float32's rounding where tanh.approx has 11 bits."""
-    grown = cute.math.exp2(x * (2 * LOG2_E), fastmath=True)
-    return Float32(1.0) - Float32(2.0) * cute.arch.rcp_approx(grown + Float32(1.0))

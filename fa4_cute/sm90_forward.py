@@ -55,7 +55,7 @@ from fa4_cute.schedule import (
     take,
 )
 from fa4_cute.sm90_config import WARPGROUP, Sm90Config, config_for
-from fa4_cute.softmax import LOG2_E, finish, follow_max, rescale_factor, subtrahend
+from fa4_cute.softmax import LOG2_E, finish, follow_max, rescale_factor, subtrahend, tanh
 
 TURN_BARRIER = 1
 """First of the named barriers by which warpgroups take turns; barrier 0 is the block's."""
@@ -594,7 +594,7 @@ class Sm90Forward:
         """Softcap: scores become tanh(score * capped_scale), before any is hidden."""
         if const_expr(self.kinds.softcap):
             for at in cutlass.range_constexpr(self.config.tile_n // 2):
-                state.acc_s[at] = _tanh(state.acc_s[at] * state.values.capped_scale)
+                state.acc_s[at] = tanh(state.acc_s[at] * state.values.capped_scale)
 
     @cute.jit
     def _softmax(self, state):
@@ -834,16 +834,3 @@ def _pack(low: Float32, high: Float32, dtype: Any) -> Int32:
     return cute.arch.inline_ptx(
         f"cvt.rn.{name}.f32 {{$w0}}, {{$r1}}, {{$r0}};", write_only_types=[Int32], read_only_args=[low, high]
     )
-
-
-@cute.jit
-def _tanh(x: Float32) -> Float32:
-    """tanh(x) = 1 - 2 / (e^2x + 1), and its series near zero, where that cancels: a large softcap would show it.
-
-    Relative error below 2e-6, where tanh.approx has 11 bits.
-    """
-    grown = cute.math.exp2(x * (2 * LOG2_E), fastmath=True)
-    bent = Float32(1.0) - Float32(2.0) * cute.arch.rcp_approx(grown + Float32(1.0))
-    square = x * x
-    series = x * (square * (square * (2 / 15) - 1 / 3) + 1.0)
-    return bent if square > 0.01 else series
