@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from simulation import simulated_skips, visited_tiles
 
 import fa4_triton
 from dispatch import attention
@@ -33,7 +34,6 @@ RUNS = [
     ),
     pytest.param("cuda", marks=on_gpu),
 ]
-LOG2_E = 1.4426950408889634
 
 
 def count(q, k, v, **options):
@@ -48,20 +48,6 @@ def count(q, k, v, **options):
 def tile_of(q):
     inputs = Inputs(q, q, q)
     return launch._plan("forward", make_problem(inputs).kinds, q.device).tile
-
-
-def simulated_skips(q, k, tile_n, threshold):
-    """The same rule in NumPy, tiles from right to left: a row's tiles after its first whose pivot was kept."""
-    scores = np.einsum("bihd,bjhd->bhij", q.double().cpu().numpy(), k.double().cpu().numpy())
-    scores *= q.shape[-1] ** -0.5 * LOG2_E
-    row_max = np.full(scores.shape[:-1], -np.inf)
-    skips = np.zeros(scores.shape[:-1], np.int64)
-    for first in range((scores.shape[-1] - 1) // tile_n * tile_n, -1, -tile_n):
-        new_max = np.maximum(row_max, scores[..., first : first + tile_n].max(-1))
-        follow = new_max - row_max > threshold
-        skips += np.isfinite(row_max) & ~follow
-        row_max = np.where(follow, new_max, row_max)
-    return skips
 
 
 @pytest.mark.parametrize("device", RUNS)
@@ -97,13 +83,9 @@ def test_hidden_tiles_are_never_visited(device):
         left, right = (int(rng.integers(0, 200)) if rng.random() < 0.6 else -1 for _ in range(2))
         q, k = torch.randn(1, len_q, 1, 16).to(device), torch.randn(1, len_k, 1, 16).to(device)
         visits, _ = count(q, k, k, window_left=left, window_right=right)
-        i, j = np.arange(len_q)[:, None] + len_k - len_q, np.arange(len_k)[None]
-        seen = ((left < 0) | (j >= i - left)) & ((right < 0) | (j <= i + right))
         tile = tile_of(q)
-        for first in range(0, len_q, tile.m):
-            rows = seen[first : first + tile.m].any(0)
-            want = sum(rows[at : at + tile.n].any() for at in range(0, len_k, tile.n))
-            assert (visits[0, 0, first : first + tile.m] == want).all(), (len_q, len_k, left, right, first)
+        want = visited_tiles(len_q, len_k, left, right, tile.m, tile.n)
+        assert (visits[0, 0].numpy() == want).all(), (len_q, len_k, left, right)
 
 
 ARCHITECTURES = [GPUTarget("cuda", cc, 32) for cc in (80, 86, 89, 90, 100, 103, 120)]
