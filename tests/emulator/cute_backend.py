@@ -20,6 +20,7 @@ from .cute_compile import Request, compile_kernel
 from .cute_host import HostFunction
 from .launcher import load_program
 from .machine import Result
+from .patching import replaced
 from .program import Program
 
 FACTORIES = {"sm_90a": "fa4_cute.sm90_forward:Sm90Forward", "sm_100a": "fa4_cute.sm100_forward:Sm100Forward",
@@ -129,7 +130,7 @@ def emulated_cute(
 
         return call
 
-    replaced: dict[tuple[Any, str], Any] = {
+    places: dict[tuple[Any, str], Any] = {
         (fa4_cute, "_unavailable"): lambda device: None,
         (kernels, "architecture"): lambda device: arch,
         (launch, "_kernel"): compiled,
@@ -138,11 +139,5 @@ def emulated_cute(
         (torch.cuda, "current_device"): lambda: None,  # the index of the CPU's device
         (torch.cuda, "get_device_properties"): lambda device: SimpleNamespace(multi_processor_count=programs),
     }
-    original = {place: getattr(*place) for place in replaced}
-    try:
-        for place, function in replaced.items():
-            setattr(*place, function)
+    with replaced(places):
         yield
-    finally:
-        for place, function in original.items():
-            setattr(*place, function)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from .launcher import launch_triton
 from .machine import Result
+from .patching import replaced
 
 
 @functools.cache
@@ -51,18 +52,12 @@ def emulated_triton(capability: int, *, seed: int = 0, tiles: dict | None = None
         if observe is not None:
             observe(kernel.__name__, result)
 
-    replaced = {
+    places = {
         (fa4_triton, "_unavailable"): lambda device: None,
         (host, "target_of"): lambda device: target,
         (host, "tile_for"): tile_for,
         (host, "_plan"): _plans(capability, tuple(sorted(chosen.items()))),
         (host, "_launch"): run,
     }
-    original = {place: getattr(*place) for place in replaced}
-    try:
-        for place, function in replaced.items():
-            setattr(*place, function)
+    with replaced(places):
         yield
-    finally:
-        for place, function in original.items():
-            setattr(*place, function)
