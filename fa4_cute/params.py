@@ -8,7 +8,6 @@ import cutlass
 import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, const_expr
-from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from fa4_core.problem import Kinds
@@ -104,13 +103,3 @@ def statistic_by_head(tensor: cute.Tensor) -> cute.Tensor:
     else:
         layout = cute.make_layout((shape[2], shape[1], shape[0]), stride=(stride[2], stride[1], stride[0]))
     return cute.make_tensor(tensor.iterator, layout)
-
-
-def boxes(atom: cute.CopyAtom, shared: cute.Tensor, tiles: cute.Tensor, modes: int) -> tuple[cute.Tensor, cute.Tensor]:
-    """Both sides of a TMA copy: (box, slot) in shared memory and (box, tile) in global memory.
-
-    modes: how many leading modes of both tensors make a box.
-    """
-    return cpasync.tma_partition(
-        atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, modes), cute.group_modes(tiles, 0, modes)
-    )

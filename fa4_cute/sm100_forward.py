@@ -53,8 +53,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
 from fa4_core.problem import Kinds
 from fa4_cute import sm100_config as roles
-from fa4_cute.outputs import Outputs, pack, write_counts, write_past_the_end, write_unseen
-from fa4_cute.params import DTYPES, Values, boxes, by_head, statistic_by_head
+from fa4_cute.params import DTYPES, Values, by_head, statistic_by_head
 from fa4_cute.pipelines import Cursor, Ring
 from fa4_cute.ranges import Span, Window, key_span, visible_keys
 from fa4_cute.schedule import Extent, Lengths, Schedule, Sequence, WorkItem, draw, retire, sequence_of, start, take
@@ -66,6 +65,7 @@ from fa4_cute.sm100_rows import (
     exponentiate,
     follow,
     hide,
+    pack,
     row_max,
     scale_and_shift,
     total_of,
@@ -145,7 +145,7 @@ class Sm100Forward:
         )
         self.kernel(
             maps,
-            Outputs(m_o, statistic_by_head(lse), counter, counts),
+            _Outputs(m_o, statistic_by_head(lse), counter, counts),
             sink,
             Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k),
             Extent(Int32(batch), m_q.shape[2], m_q.shape[0], extent_k, section),
@@ -185,7 +185,7 @@ class Sm100Forward:
     def kernel(
         self,
         maps: _Maps,
-        outputs: Outputs,
+        outputs: _Outputs,
         sink: cute.Tensor | None,
         lengths: Lengths,
         extent: Extent,
@@ -279,20 +279,9 @@ class Sm100Forward:
             begin, end = upper.begin, cutlass.max(upper.end, lower.end)
             if upper.begin == upper.end:
                 begin = lower.begin
-                write_unseen(
-                    outputs, sink, work, self._batch(work), sequence, first_row, config.tile_m, self.kinds.head_dim_v
-                )
+                self._write_unseen(outputs, sink, work, sequence, first_row)
             if lower.begin == lower.end:
-                write_unseen(
-                    outputs,
-                    sink,
-                    work,
-                    self._batch(work),
-                    sequence,
-                    first_row + config.tile_m,
-                    config.tile_m,
-                    self.kinds.head_dim_v,
-                )
+                self._write_unseen(outputs, sink, work, sequence, first_row + config.tile_m)
             if begin < end:
                 self._publish(shared, rings, at, (Int32(1), *work, *sequence, begin, end, *upper, *lower))
                 at = rings.items.next(at)
@@ -305,7 +294,7 @@ class Sm100Forward:
         if const_expr(outputs.counter is not None):
             retire(outputs.counter, programs)
         if const_expr(self.kinds.varlen):
-            write_past_the_end(outputs, extent, lengths, program, programs, self.kinds.head_dim_v)
+            self._write_past_the_end(outputs, extent, lengths, program, programs)
 
     @cute.jit
     def _span(self, sequence, window, first_row):
@@ -340,6 +329,36 @@ class Sm100Forward:
         """The batch element in tensors, which the packed layout has one of."""
         return Int32(0) if const_expr(self.kinds.varlen) else work.batch
 
+    @cute.jit
+    def _write_unseen(self, outputs, sink, work, sequence, first_row):
+        """Output and LSE of a Q tile that sees no key: zeros, and -inf or the sink's logit."""
+        lane = cute.arch.lane_idx()
+        batch = self._batch(work)
+        empty = -Float32.inf
+        if const_expr(sink is not None):
+            empty = Float32(sink[work.head])
+        rows = cutlass.min(first_row + self.config.tile_m, sequence.rows_q)
+        for row in cutlass.range(first_row, rows, unroll=1):
+            for column in cutlass.range(lane, self.kinds.head_dim_v, 32, unroll=1):
+                outputs.out[sequence.offset_q + row, column, work.head, batch] = self.dtype(0.0)
+        for row in cutlass.range(first_row + lane, rows, 32, unroll=1):
+            outputs.lse[sequence.offset_q + row, work.head, batch] = empty if row < sequence.seqlen_q else -Float32.inf
+
+    @cute.jit
+    def _write_past_the_end(self, outputs, extent, lengths, program, programs):
+        """Zeros and -inf in the rows after the last sequence, which usually do not exist."""
+        lane = cute.arch.lane_idx()
+        end = Int32(0)
+        if extent.batch > 0:
+            last = sequence_of(extent.batch - 1, lengths, extent)
+            end = last.offset_q + last.rows_q
+        for row in cutlass.range(end + program, extent.seqlen_q, programs, unroll=1):
+            for head in cutlass.range(extent.heads, unroll=1):
+                for column in cutlass.range(lane, self.kinds.head_dim_v, 32, unroll=1):
+                    outputs.out[row, column, head, 0] = self.dtype(0.0)
+                if lane == 0:
+                    outputs.lse[row, head, 0] = -Float32.inf
+
     # Load ------------------------------------------------------------------------------------------------------------
 
     @cute.jit
@@ -369,9 +388,9 @@ class Sm100Forward:
             g_q = cute.local_tile(m_q, (config.tile_m, config.head_dim), (None, 0))
             g_k = cute.local_tile(m_k, (config.tile_n, config.head_dim), (None, 0))
             g_v = cute.local_tile(m_v, (config.head_dim_v, config.tile_n), (0, None))
-            t_sq, t_gq = boxes(maps.q, shared.q, thr_s.partition_A(g_q), 3)
-            t_sk, t_gk = boxes(maps.k, shared.k, thr_s.partition_B(g_k), 3)
-            t_sv, t_gv = boxes(maps.v, shared.v, thr_o.partition_B(g_v), 3)
+            t_sq, t_gq = _boxes(maps.q, shared.q, thr_s.partition_A(g_q), 3)
+            t_sk, t_gk = _boxes(maps.k, shared.k, thr_s.partition_B(g_k), 3)
+            t_sv, t_gv = _boxes(maps.v, shared.v, thr_o.partition_B(g_v), 3)
 
             self._load(rings.kv, kv_at, maps.k, t_gk[None, item.end - 1], t_sk, config.k_bytes)
             kv_at = rings.kv.next(kv_at)
@@ -635,7 +654,13 @@ class Sm100Forward:
         """For tests: key tiles visited and rescales skipped of the thread's row."""
         at = item.work.tile * self.config.rows + row
         if at < item.sequence.rows_q:
-            write_counts(outputs.counts, item.work, at + item.sequence.offset_q, span, skips, self.kinds.varlen)
+            at = at + item.sequence.offset_q
+            if const_expr(self.kinds.varlen):
+                outputs.counts[item.work.head, at, 0] = span.end - span.begin
+                outputs.counts[item.work.head, at, 1] = skips
+            else:
+                outputs.counts[item.work.batch, item.work.head, at, 0] = span.end - span.begin
+                outputs.counts[item.work.batch, item.work.head, at, 1] = skips
 
     # Correction ------------------------------------------------------------------------------------------------------
 
@@ -744,7 +769,7 @@ class Sm100Forward:
             else:
                 m_o = maps.m_out[None, None, work.head, work.batch]
             g_o = cute.local_tile(m_o, (config.tile_m, config.head_dim_v), (None, 0))
-            t_so, t_go = boxes(maps.out, shared.out, g_o, 2)
+            t_so, t_go = _boxes(maps.out, shared.out, g_o, 2)
             for i in cutlass.range_constexpr(config.q_tiles):
                 if item.span(i).begin < item.span(i).end:
                     rings.out.wait(slot_of(i, laps))
@@ -772,6 +797,15 @@ class _Maps(NamedTuple):
     m_v: cute.Tensor
     out: cute.CopyAtom
     m_out: cute.Tensor
+
+
+class _Outputs(NamedTuple):
+    """What the kernel writes by ordinary stores, and the counter that items are drawn from."""
+
+    out: cute.Tensor
+    lse: cute.Tensor
+    counter: cute.Tensor | None
+    counts: cute.Tensor | None
 
 
 class _Rings(NamedTuple):
@@ -855,3 +889,10 @@ def _slots_apart(layout, slots: int, apart: int):
     tile = cute.select(layout.outer, list(range(cute.rank(layout.outer) - 1)))
     spread = cute.append(tile, cute.make_layout(slots, stride=apart))
     return cute.make_composed_layout(layout.inner, 0, spread)
+
+
+def _boxes(atom: cute.CopyAtom, shared: cute.Tensor, tiles: cute.Tensor, modes: int):
+    """Both sides of a TMA copy: (box, slot) in shared memory and (box, tile) in global memory."""
+    return cpasync.tma_partition(
+        atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, modes), cute.group_modes(tiles, 0, modes)
+    )

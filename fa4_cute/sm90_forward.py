@@ -39,8 +39,7 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 
 from fa4_core.problem import Kinds
-from fa4_cute.outputs import Outputs, pack, write_counts, write_past_the_end, write_unseen
-from fa4_cute.params import DTYPES, Values, boxes, by_head, drawn, statistic_by_head
+from fa4_cute.params import DTYPES, Values, by_head, drawn, statistic_by_head
 from fa4_cute.pipelines import Ring
 from fa4_cute.ranges import Span, Window, key_span, visible_keys
 from fa4_cute.schedule import (
@@ -135,7 +134,7 @@ class Sm90Forward:
         extent = Extent(Int32(batch), mQ.shape[2], mQ.shape[0], mK.shape[0], section)
         self.kernel(
             maps,
-            Outputs(mO, mLSE, counter, counts),
+            _Outputs(mO, mLSE, counter, counts),
             sink,
             Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k),
             extent,
@@ -168,7 +167,7 @@ class Sm90Forward:
     def kernel(
         self,
         maps: _Maps,
-        outputs: Outputs,
+        outputs: _Outputs,
         sink: cute.Tensor | None,
         lengths: Lengths,
         extent: Extent,
@@ -243,9 +242,7 @@ class Sm90Forward:
             last_row = cutlass.min(first_row + config.tile_m, sequence.seqlen_q)
             span = key_span(first_row, last_row, sequence.seqlen_q, sequence.seqlen_k, window, config.tile_n)
             if span.begin == span.end or first_row >= sequence.seqlen_q:
-                write_unseen(
-                    outputs, sink, work, self._batch(work), sequence, first_row, config.tile_m, self.kinds.head_dim_v
-                )
+                self._write_unseen(outputs, sink, work, sequence, first_row)
             else:
                 with cute.arch.elect_one():
                     self._publish(shared.items, at.index, (Int32(1), *work, *sequence, *span))
@@ -263,7 +260,7 @@ class Sm90Forward:
         if const_expr(outputs.counter is not None):
             retire(outputs.counter, programs)
         if const_expr(self.kinds.varlen):
-            write_past_the_end(outputs, extent, lengths, program, programs, self.kinds.head_dim_v)
+            self._write_past_the_end(outputs, extent, lengths, program, programs)
 
     @cute.jit
     def _publish(self, s_items, slot, words):
@@ -290,9 +287,9 @@ class Sm90Forward:
             g_q = cute.local_tile(m_q, (config.tile_m, config.head_dim), (work.tile, 0))
             g_k = cute.local_tile(m_k, (config.tile_n, config.head_dim), (None, 0))
             g_v = cute.local_tile(m_v, (config.tile_n, config.head_dim_v), (None, 0))
-            t_sq, t_gq = boxes(maps.q, shared.q, g_q, 2)
-            t_sk, t_gk = boxes(maps.k, shared.k, g_k, 2)
-            t_sv, t_gv = boxes(maps.v, shared.v, g_v, 2)
+            t_sq, t_gq = _boxes(maps.q, shared.q, g_q)
+            t_sk, t_gk = _boxes(maps.k, shared.k, g_k)
+            t_sv, t_gv = _boxes(maps.v, shared.v, g_v)
 
             self._load(rings.q, q_at, maps.q, t_gq, t_sq)
             q_at = rings.q.next(q_at)
@@ -324,6 +321,36 @@ class Sm90Forward:
 
     def _bytes(self, target) -> int:
         return cute.size(target.shape[0]) * self.dtype.width // 8
+
+    @cute.jit
+    def _write_unseen(self, outputs, sink, work, sequence, first_row):
+        """Output and LSE of a query tile that sees no key: zeros, and -inf or the sink's logit."""
+        lane = cute.arch.lane_idx()
+        batch = self._batch(work)
+        empty = -Float32.inf
+        if const_expr(sink is not None):
+            empty = Float32(sink[work.head])
+        rows = cutlass.min(first_row + self.config.tile_m, sequence.rows_q)
+        for row in cutlass.range(first_row, rows, unroll=1):
+            for column in cutlass.range(lane, self.kinds.head_dim_v, 32, unroll=1):
+                outputs.out[sequence.offset_q + row, column, work.head, batch] = self.dtype(0.0)
+        for row in cutlass.range(first_row + lane, rows, 32, unroll=1):
+            outputs.lse[sequence.offset_q + row, work.head, batch] = empty if row < sequence.seqlen_q else -Float32.inf
+
+    @cute.jit
+    def _write_past_the_end(self, outputs, extent, lengths, program, programs):
+        """Zeros and -inf in the rows after the last sequence, which usually do not exist."""
+        lane = cute.arch.lane_idx()
+        end = Int32(0)
+        if extent.batch > 0:
+            last = sequence_of(extent.batch - 1, lengths, extent)
+            end = last.offset_q + last.rows_q
+        for row in cutlass.range(end + program, extent.seqlen_q, programs, unroll=1):
+            for head in cutlass.range(extent.heads, unroll=1):
+                for column in cutlass.range(lane, self.kinds.head_dim_v, 32, unroll=1):
+                    outputs.out[row, column, head, 0] = self.dtype(0.0)
+                if lane == 0:
+                    outputs.lse[row, head, 0] = -Float32.inf
 
     @cute.jit
     def consume(self, maps, outputs, sink, shared, rings, values):
@@ -604,7 +631,7 @@ class Sm90Forward:
         """P in 16 bits, where wgmma reads it; its elements lie as those of S."""
         pairs = cute.recast_tensor(state.p, Int32)
         for at in cutlass.range_constexpr(self.config.tile_n // 4):
-            pairs[at] = pack(state.acc_s[2 * at], state.acc_s[2 * at + 1], self.dtype)
+            pairs[at] = _pack(state.acc_s[2 * at], state.acc_s[2 * at + 1], self.dtype)
 
     @cute.jit
     def _rescale(self, state, moved, factor):
@@ -659,14 +686,13 @@ class Sm90Forward:
             if cute.arch.lane_idx() % 4 == 0 and row + 8 * r < sequence.rows_q:
                 outputs.lse[sequence.offset_q + row + 8 * r, work.head, batch] = lse
                 if const_expr(self.counted):
-                    at = sequence.offset_q + row + 8 * r
-                    write_counts(outputs.counts, work, at, item.span, state.skips[r], self.kinds.varlen)
+                    self._count(outputs.counts, sequence.offset_q + row + 8 * r, work, item.span, state.skips[r])
 
         first_row = work.tile * self.config.tile_m + group * 64
         r_o = cute.make_rmem_tensor(state.acc_o.layout, self.dtype)
         pairs = cute.recast_tensor(r_o, Int32)
         for at in cutlass.range_constexpr(cute.size(state.acc_o) // 2):
-            pairs[at] = pack(state.acc_o[2 * at], state.acc_o[2 * at + 1], self.dtype)
+            pairs[at] = _pack(state.acc_o[2 * at], state.acc_o[2 * at + 1], self.dtype)
         whole = True
         if const_expr(self.ragged_q):
             whole = first_row + 64 <= sequence.rows_q
@@ -695,7 +721,7 @@ class Sm90Forward:
         if leader:
             m_o = cute.domain_offset((sequence.offset_q, 0), maps.m_out[None, None, work.head, batch])
             g_o = cute.local_tile(m_o, (64, self.config.head_dim_v), (work.tile * self.config.warpgroups + group, 0))
-            t_so, t_go = boxes(maps.out, s_o, g_o, 2)
+            t_so, t_go = _boxes(maps.out, s_o, g_o)
             cute.copy(maps.out, t_so, t_go)
             cute.arch.cp_async_bulk_commit_group()
             if const_expr(not self.overlap_items):
@@ -714,6 +740,16 @@ class Sm90Forward:
                     if 8 * j + column < self.kinds.head_dim_v:
                         line[4 * j + column // 2] = pairs[2 * j + r]
 
+    @cute.jit
+    def _count(self, counts, row, work, span, skips):
+        at = (work.batch, work.head, row)
+        if const_expr(self.kinds.varlen):
+            counts[work.head, row, 0] = span.end - span.begin
+            counts[work.head, row, 1] = skips
+        else:
+            counts[(*at, 0)] = span.end - span.begin
+            counts[(*at, 1)] = skips
+
 
 class _Maps(NamedTuple):
     """TMA copies with the coordinate tensors that they read or write."""
@@ -726,6 +762,15 @@ class _Maps(NamedTuple):
     m_v: cute.Tensor
     out: cute.CopyAtom
     m_out: cute.Tensor
+
+
+class _Outputs(NamedTuple):
+    """What the kernel writes, by ordinary stores."""
+
+    out: cute.Tensor
+    lse: cute.Tensor
+    counter: cute.Tensor | None
+    counts: cute.Tensor | None
 
 
 class _Rings(NamedTuple):
@@ -764,6 +809,13 @@ class _State(NamedTuple):
     values: Values
 
 
+def _boxes(atom: cute.CopyAtom, shared: cute.Tensor, tiles: cute.Tensor) -> tuple[cute.Tensor, cute.Tensor]:
+    """Both sides of a TMA copy: (box, slot) in shared memory and (box, tile) in global memory."""
+    return cpasync.tma_partition(
+        atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, 2), cute.group_modes(tiles, 0, 2)
+    )
+
+
 def _fold(values: list, combine: Any) -> Any:
     """Combines values pairwise in four chains, short enough to hide an instruction's latency."""
     chains = values[:4]
@@ -774,3 +826,11 @@ def _fold(values: list, combine: Any) -> Any:
 
 def _add(a: Float32, b: Float32) -> Float32:
     return a + b
+
+
+def _pack(low: Float32, high: Float32, dtype: Any) -> Int32:
+    """Two floats rounded to 16 bits in one word, the first in the low half."""
+    name = "bf16x2" if dtype is cutlass.BFloat16 else "f16x2"
+    return cute.arch.inline_ptx(
+        f"cvt.rn.{name}.f32 {{$w0}}, {{$r1}}, {{$r0}};", write_only_types=[Int32], read_only_args=[low, high]
+    )
