@@ -514,9 +514,10 @@ class Sm100Forward:
                     rings.q.wait(slot_of(i, q_laps))
                     q_laps = lap_of(i, q_laps)
             mma_s, _ = self._mmas()
+            slot = _opaque(Int32(i))  # else Q's descriptors, two words a step, are computed ahead of the loop, and spill
             for k in cutlass.range_constexpr(cute.size(operands.q, mode=[2])):
                 mma_s.set(tcgen05.Field.ACCUMULATE, k > 0)
-                a, b = operands.q[None, None, k, i], operands.k[None, None, k, k_at.index]
+                a, b = operands.q[None, None, k, slot], operands.k[None, None, k, k_at.index]
                 cute.gemm(mma_s, operands.s[i], a, b, operands.s[i])
             rings.s.publish_by_mma(i)
         return q_laps
@@ -733,9 +734,7 @@ class Sm100Forward:
             outputs.lse[item.sequence.offset_q + at, item.work.head, self._batch(item.work)] = lse
         rings.o.wait(slot)
         rings.out.acquire(slot)
-        # Through an opaque instruction: else the row's 2 x 16 addresses are computed ahead of all items, and spill.
-        here = cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[row])
-        s_row = shared.out[here, None, i]
+        s_row = shared.out[_opaque(row), None, i]  # else its 2 x 16 addresses are computed ahead of all items, and spill
         for c in cutlass.range_constexpr(0, config.head_dim_v, width):
             r_o = tmem.load(c, width)
             r_out = cute.make_rmem_tensor(width, self.dtype)
@@ -870,6 +869,11 @@ class _SoftmaxState(NamedTuple):
     shared: _Shared
     rings: _Rings
     values: Values
+
+
+def _opaque(value: Int32) -> Int32:
+    """The value, by an instruction that compilers do not move or see through."""
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[value])
 
 
 def _ragged(tensor: cute.Tensor) -> cute.Tensor:
