@@ -265,9 +265,8 @@ def attention_with_kvcache(
         cache_batch_idx: (B,) int32: the row of a contiguous cache that is sequence b's; by default b.
         cache_leftpad: (B,) int32: so many first rows of the cache are no keys.
         rotary_cos, rotary_sin: (positions, rotary_dim / 2), floating point of 16 bits or more: k and q are rotated
-            before their use. New row i stands at position cache_seqlens - cache_leftpad + i; so does query row i under
-            causal or a window, and without either all query rows stand at the first position. (flash-attn does not
-            subtract cache_leftpad there.)
+            before their use. New row i stands at position cache_seqlens + i, padding counted; so does query row i under
+            causal or a window, and without either all query rows stand at the first position.
         rotary_interleaved: columns 2i and 2i + 1 are rotated together; else i and i + rotary_dim / 2.
         k_descale, v_descale: (B, Hkv) or (Hkv,) float32: an fp8 cache's elements stand for so many times their value.
         out: where to put the result, of its shape and q's dtype; its last dimension is contiguous.

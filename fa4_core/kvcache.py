@@ -136,21 +136,20 @@ def make_cache_problem(
     )
     # Not a question of signature either: an int that grows with every step must not make a new problem each time.
     if length is not None:
-        _check_length(problem, length, padded=inputs.cache_leftpad is not None)
+        _check_length(problem, length)
     if contents_are_checked(problem.attend.device):
         _check_contents(problem, inputs, length or 0)
     return problem
 
 
-def _check_length(problem: CacheProblem, length: int, padded: bool) -> None:
-    """padded: whether there is a cache_leftpad, which may lower the positions by more than the host knows."""
+def _check_length(problem: CacheProblem, length: int) -> None:
     room = problem.capacity - problem.appended
     if not 0 <= length <= room:
         new = f" and {problem.appended} are appended" if problem.appended else ""
         raise ValueError(
             f"cache_seqlens: got {length}, accepted are 0 to {room}: the cache holds {problem.capacity} rows{new}"
         )
-    if problem.rotary_dim and not padded and length + problem.reach > problem.positions:
+    if problem.rotary_dim and length + problem.reach > problem.positions:
         raise ValueError(f"rotary_cos: {problem.positions} positions, but the call reaches {length + problem.reach}")
 
 
@@ -376,10 +375,11 @@ def _check_contents(problem: CacheProblem, inputs: CacheInputs, length: int) -> 
         used = [(n + problem.appended + problem.page_size - 1) // problem.page_size for n in lengths]
         check_pages(inputs.page_table, used, problem.n_blocks)
     if inputs.rotary_cos is not None:
-        for i, (n, pad) in enumerate(zip(lengths, pads)):
-            if n - pad + problem.reach > problem.positions:
-                raise ValueError(f"rotary_cos: {problem.positions} positions, but sequence {i} reaches "
-                                 f"{n - pad + problem.reach}")  # fmt: skip
+        for i, n in enumerate(lengths):
+            if n + problem.reach > problem.positions:
+                raise ValueError(
+                    f"rotary_cos: {problem.positions} positions, but sequence {i} reaches {n + problem.reach}"
+                )
 
 
 _LIBRARY = torch.library.Library("fa4", "FRAGMENT")
@@ -527,7 +527,7 @@ def reference_inputs(problem: CacheProblem, inputs: CacheInputs, length: int) ->
     if k is not None and v is not None:
         if inputs.rotary_cos is not None and inputs.rotary_sin is not None:
             tables = (inputs.rotary_cos, inputs.rotary_sin)
-            start = (lengths - pads)[:, None]
+            start = lengths[:, None]
             k = rotate(k, *tables, start + torch.arange(k.shape[1], device=device), problem.rotary_interleaved)
             steps = torch.arange(q.shape[1], device=device) * problem.consecutive
             q = rotate(q, *tables, start + steps, problem.rotary_interleaved)

@@ -15,7 +15,8 @@ from fa4_triton.steps import Strided, block_of
 class Rotary(NamedTuple):
     """cos and sin of (positions, half the rotary dimension), row stride in elements; None without rotary embedding.
 
-    `step` is 1 where query rows stand at consecutive positions, 0 where all stand at the first new one.
+    A row's position is its place in the cache, padding counted, as in flash-attn. `step` is 1 where query rows stand at
+    consecutive positions, 0 where all stand at the first new one.
     """
 
     cos: tl.tensor
@@ -61,9 +62,6 @@ def append_rows(
     filled = rows.length_k
     if rows.used_k is not None:
         filled = tl.load(rows.used_k + sequence)
-    start = filled
-    if rows.leftpad is not None:
-        start -= tl.load(rows.leftpad + sequence)
     if part < n_new:
         index = part * BLOCK + tl.arange(0, BLOCK)
         new = index // heads_kv
@@ -83,10 +81,10 @@ def append_rows(
             inside = position
         fits = fits & (block >= 0) & (block < rows.n_blocks)
         block = block.to(tl.int64)
-        tile = rotated(k, sequence, new, head, start + new, new < rows.added, rotary, DIM, ROTARY, INTERLEAVED)
+        tile = rotated(k, sequence, new, head, position, new < rows.added, rotary, DIM, ROTARY, INTERLEAVED)
         store_cache(k_cache, k_descale, sequence, block, inside, head, fits, tile, DIM)
         # V is copied as a row without a rotary part.
-        tile = rotated(v, sequence, new, head, start, new < rows.added, rotary, DIM_V, 0, INTERLEAVED)
+        tile = rotated(v, sequence, new, head, filled, new < rows.added, rotary, DIM_V, 0, INTERLEAVED)
         store_cache(v_cache, v_descale, sequence, block, inside, head, fits, tile, DIM_V)
     elif ROTARY:
         D: tl.constexpr = block_of(DIM)
@@ -95,7 +93,7 @@ def append_rows(
         row = index // heads_q
         head = (index % heads_q).to(tl.int64)
         there = row < rows.rows_q
-        tile = rotated(q, sequence, row, head, start + row * rotary.step, there, rotary, DIM, ROTARY, INTERLEAVED)
+        tile = rotated(q, sequence, row, head, filled + row * rotary.step, there, rotary, DIM, ROTARY, INTERLEAVED)
         at = turned.ptr + sequence * turned.stride_b + row * turned.stride_s + head * turned.stride_h
         tl.store(at[:, None] + column[None, :], tile, mask=there[:, None] & (column < DIM)[None, :])
 

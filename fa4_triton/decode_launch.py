@@ -319,7 +319,7 @@ def attend_cache(problem: CacheProblem, inputs: CacheInputs, length: int, out: T
     pages = None if inputs.page_table is None else _plain_last_dim(inputs.page_table)
     # With no row to append there is still the query to rotate.
     if (problem.appended or problem.rotary_dim) and attend.batch:
-        q = _append(problem, inputs, length, q, used_k, leftpad, cache, pages)
+        q = _append(problem, inputs, length, q, used_k, cache, pages)
     tensors = _Tensors(
         q, inputs.k_cache, inputs.v_cache, out, lse, sink, None, None, used_k, leftpad, cache, pages, inputs.k_descale,
         inputs.v_descale,
@@ -346,8 +346,8 @@ def paged_forward(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _append(
-    problem: CacheProblem, inputs: CacheInputs, length: int, q: Tensor, used_k: Tensor | None, leftpad: Tensor | None,
-    cache: Tensor | None, pages: Tensor | None,
+    problem: CacheProblem, inputs: CacheInputs, length: int, q: Tensor, used_k: Tensor | None, cache: Tensor | None,
+    pages: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Launches the append; returns the query, rotated where there is a rotary embedding."""
     attend, kinds, device = problem.attend, problem.attend.kinds, q.device
@@ -361,8 +361,8 @@ def _append(
         rotary_of = (cos.stride(0), sin.stride(0), cos.shape[0], int(problem.consecutive))
         programs += triton.cdiv(attend.seqlen_q * attend.heads_q, APPEND_TILE.rows)
     tensors = (
-        q if problem.rotary_dim else None, turned, k, v, inputs.k_cache, inputs.v_cache, used_k, leftpad, cache, pages,
-        cos, sin, inputs.k_descale, inputs.v_descale,
+        q if problem.rotary_dim else None, turned, k, v, inputs.k_cache, inputs.v_cache, used_k, cache, pages, cos, sin,
+        inputs.k_descale, inputs.v_descale,
     )  # fmt: skip
     addresses = [None if t is None else t.data_ptr() for t in tensors]
     strides = [_strides(t) for t in tensors[:6]]
@@ -376,10 +376,10 @@ def _append(
             given = addresses
         else:
             given = (*tensors[:4], _bytes(inputs.k_cache), _bytes(inputs.v_cache), *tensors[6:])
-        *rows, used_k, leftpad, cache, pages, cos, sin, k_descale, v_descale = given
+        *rows, used_k, cache, pages, cos, sin, k_descale, v_descale = given
         return (
             *((t, *_rows_of(s)) for t, s in zip(rows, strides)),
-            (None, None, used_k, leftpad, cache, pages, *rows_of), (cos, sin, *rotary_of), attend.heads_q,
+            (None, None, used_k, None, cache, pages, *rows_of), (cos, sin, *rotary_of), attend.heads_q,
             attend.heads_kv, (k_descale, *_descale_of(_strides(inputs.k_descale))),
             (v_descale, *_descale_of(_strides(inputs.v_descale))),
         )  # fmt: skip

@@ -335,26 +335,30 @@ def rotated(x, cos, sin, positions, interleaved):
 @pytest.mark.parametrize("rotary_dim", [16, 64])
 @pytest.mark.parametrize("causal", [True, False])
 def test_rotary_turns_the_new_rows_and_the_query_at_their_positions(target, dtype, causal, rotary_dim, interleaved):
-    """Positions count from the first key that is no padding; without a mask all query rows stand at the first."""
+    """A row's position is its place in the cache, padding counted; without a mask all query rows stand at the first.
+
+    As flash-attn has it (2 and 3): a cache that one of them filled is read by the other.
+    """
     lengths, pads, new = (30, 7), (4, 0), 3
     q, k, v, _ = a_problem(target, dtype, lengths=(33, 10), seqlen_q=3)
     k[1, 10:] = v[1, 10:] = 0.0
     angles = torch.rand(50, rotary_dim // 2, generator=torch.Generator().manual_seed(1)) * 6.3
     cos, sin = (f(angles).to(q.device, torch.float32) for f in (torch.cos, torch.sin))
     start = torch.tensor(lengths, device=q.device)[:, None]
+    seqlens = torch.tensor([n + pad for n, pad in zip(lengths, pads)], dtype=INT32, device=q.device)
     steps = torch.arange(new, device=q.device)
     rows = torch.arange(2, device=q.device)[:, None]
     k_new, v_new = k[rows, start + steps], v[rows, start + steps]
+    at = seqlens[:, None] + steps
     for layout in (Layout(pads=pads), Layout(page=8, pads=pads)):
         k_cache, v_cache, where = lay_out(layout, k, v, lengths)
-        seqlens = torch.tensor([n + pad for n, pad in zip(lengths, pads)], dtype=INT32, device=q.device)
         out, lse = attention_with_kvcache(
             q, k_cache, v_cache, k_new, v_new, cache_seqlens=seqlens, rotary_cos=cos, rotary_sin=sin,
             rotary_interleaved=interleaved, causal=causal, return_lse=True, backend=target.backend, **where,
         )  # fmt: skip
         turned = k.clone()
-        turned[rows, start + steps] = rotated(k_new, cos, sin, start + steps, interleaved)
-        q_turned = rotated(q, cos, sin, start + (steps if causal else 0 * steps), interleaved)
+        turned[rows, start + steps] = rotated(k_new, cos, sin, at, interleaved)
+        q_turned = rotated(q, cos, sin, at if causal else at[:, :1].expand_as(at), interleaved)
         used = torch.tensor([n + new for n in lengths], dtype=INT32, device=q.device)
         want = expected(q_turned, turned, v, seqused_k=used, causal=causal)
         # Rows rotated in float32 and float64 round to neighbours: a unit in the last place of q or k moves a score.
@@ -614,9 +618,13 @@ def fp8(**changed):
     return contiguous(**{**caches, "k_descale": rows(2, 2) + 1, "v_descale": rows(2) + 1, **changed})
 
 
-# Positions count from the first key that is no padding: 4 suffice for 7 rows, 5 of them padding, and 2 new ones.
-PADDED = rotary(rotary_cos=rows(4, 8), rotary_sin=rows(4, 8), cache_seqlens=7, cache_leftpad=index(5, 6))
-VALID = {"contiguous": contiguous(), "paged": paged(), "rotary": rotary(), "fp8": fp8(), "padded": PADDED}
+def padded(positions, **changed):
+    """Padding counts in positions: 9 suffice for 7 rows, 5 of them padding, and 2 new ones; 8 do not."""
+    tables = {"rotary_cos": rows(positions, 8), "rotary_sin": rows(positions, 8)}
+    return rotary(**{**tables, "cache_seqlens": 7, "cache_leftpad": index(5, 6), **changed})
+
+
+VALID = {"contiguous": contiguous(), "paged": paged(), "rotary": rotary(), "fp8": fp8(), "padded": padded(9)}
 half = torch.float16
 BAD = {
     "q is a list": (contiguous(q=[1.0]), TypeError, "q", "torch.Tensor"),
@@ -705,6 +713,10 @@ BAD = {
     ),
     "too few positions for a sequence's query": (
         rotary(rotary_cos=rows(9, 8), rotary_sin=rows(9, 8), causal=True), ValueError, "rotary_cos", "reaches 10"
+    ),
+    "too few positions, of which some are padding": (padded(8), ValueError, "rotary_cos", "reaches 9"),
+    "too few positions for a padded sequence": (
+        padded(8, cache_seqlens=index(3, 7), cache_leftpad=index(0, 6)), ValueError, "rotary_cos", "reaches 9"
     ),
     "a descale without fp8": (contiguous(k_descale=rows(2)), ValueError, "k_descale", "float8"),
     "a descale of float16": (fp8(k_descale=rows(2, dtype=half)), TypeError, "k_descale", "float32"),
