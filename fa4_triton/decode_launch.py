@@ -7,6 +7,7 @@ but for the pointers, grid, compiled kernel) is made once and kept.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,10 +25,10 @@ from fa4_triton.cache_tiles import MAX_ROWS, CacheTile, decode_tile, prefill_til
 from fa4_triton.compile import POINTER_ALIGNMENT, STRIDE_ALIGNMENT, compile_kernel, named, run_compiled
 from fa4_triton.decode import MOST_CHUNKS, attention_decode
 from fa4_triton.prefill import attention_prefill
+from fa4_triton.work_space import work_space
 
 APPEND_TILE = CacheTile(16, 0, 4, 1)
-ARRIVALS = 2**18
-"""Counters that a stream's work space holds at first, and what is kept ready for captures: 1 MiB each."""
+_compiling = threading.Lock()
 
 
 class _Plan(NamedTuple):
@@ -65,12 +66,20 @@ def _launch(plan: _Plan, device: torch.device, grid: int, arguments: Arguments, 
     if interpreted():
         plan.kernel[(grid,)](*named(plan.kernel, arguments(False)), **plan.constants)
         return
-    compiled = plan.compiled.get(layout)
-    if compiled is None:
-        with torch.cuda.device(device):
-            target = host.target_of(device)
-            compiled = plan.compiled[layout] = compile_planned(plan, arguments(False), target, layout)
+    compiled = plan.compiled.get(layout) or _compiled(plan, device, arguments, layout)
     run_compiled(compiled, grid, device.index, (*arguments(True), *plan.constants.values()))
+
+
+def _compiled(plan: _Plan, device: torch.device, arguments: Arguments, layout: tuple) -> CompiledKernel:
+    """The plan's kernel for a layout, compiled by the first host thread that asks, and loaded."""
+    with _compiling, torch.cuda.device(device):
+        compiled = plan.compiled.get(layout)
+        if compiled is None:
+            compiled = compile_planned(plan, arguments(False), host.target_of(device), layout)
+            # Triton loads at first use, one attribute after the other: another thread could find it half done.
+            _ = compiled.run
+            plan.compiled[layout] = compiled
+        return compiled
 
 
 @functools.cache
@@ -79,72 +88,6 @@ def _programs(device: torch.device, per_multiprocessor: int) -> int:
     if device.type != "cuda":
         return 3  # interpreted or emulated: enough that a sequence's chunks meet several programs
     return per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-class _WorkSpace:
-    """One stream's work space, which its launches use one after the other; it only grows."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.parts = torch.empty(0, dtype=torch.float32, device=device)
-        self.arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
-
-
-class _Reserve:
-    """Zeroed counters for captured launches, each of which keeps its own: graphs may run beside anything else.
-
-    Zeroing them in the graph would cost every replay some 2 microseconds a launch. They are made outside of captures,
-    ahead, and never given back: a graph's launch holds its counters for as long as the graph may live.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._kept: list[Tensor] = []
-        self.free = torch.empty(0, dtype=torch.int32, device=device)
-
-    def fill(self) -> None:
-        """Makes new counters where few are left. What was taken before stays: a graph has nothing but its address."""
-        if self.free.numel() >= ARRIVALS // 2:
-            return
-        self.free = torch.zeros(ARRIVALS, dtype=torch.int32, device=self._device)
-        self._kept.append(self.free)
-        if self._device.type == "cuda":
-            # Once in many captures: no replay may come before the zeros.
-            torch.cuda.current_stream(self._device).synchronize()
-
-    def take(self, n: int) -> Tensor | None:
-        """n counters, or None where so many are not left."""
-        if n > self.free.numel():
-            return None
-        taken, self.free = self.free[:n], self.free[n:]
-        return taken
-
-
-_work_spaces: dict[tuple[int | None, int], _WorkSpace] = {}
-_reserves: dict[int | None, _Reserve] = {}
-
-
-def _work_space(n_parts: int, n_arrivals: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """float32 numbers, and zeroed int32 counters, which every launch leaves at zero."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        parts = torch.empty(n_parts, dtype=torch.float32, device=device)
-        reserve = _reserves.get(device.index)
-        arrivals = None if reserve is None or device.type != "cuda" else reserve.take(n_arrivals)
-        if arrivals is None:
-            arrivals = torch.zeros(n_arrivals, dtype=torch.int32, device=device)
-        return parts, arrivals
-    reserve = _reserves.get(device.index)
-    if reserve is None:
-        reserve = _reserves[device.index] = _Reserve(device)
-    reserve.fill()
-    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
-    space = _work_spaces.get(key)
-    if space is None:
-        space = _work_spaces[key] = _WorkSpace(device)
-    if space.parts.numel() < n_parts:
-        space.parts = torch.empty(n_parts, dtype=torch.float32, device=device)
-    if space.arrivals.numel() < n_arrivals:
-        space.arrivals = torch.zeros(n_arrivals, dtype=torch.int32, device=device)
-    return space.parts, space.arrivals
 
 
 def _strides(tensor: Tensor | None) -> tuple | None:
@@ -297,7 +240,7 @@ def _attend(problem: Problem, tensors: _Tensors, length: int, *rest: Any) -> Non
     )  # fmt: skip
     parts = arrivals = None
     if call.n_arrivals:
-        parts, arrivals = _work_space(call.n_parts, call.n_arrivals, problem.device)
+        parts, arrivals = work_space(call.n_parts, call.n_arrivals, problem.device)
 
     def arguments(as_addresses: bool) -> tuple:
         if as_addresses:

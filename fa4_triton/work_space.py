@@ -1,0 +1,127 @@
+"""Work space of the decode kernel: parts of a split, and counters that every launch leaves as it found them, at zero.
+
+It is kept, by stream: a stream's launches follow one another. Any host thread may ask at any time, two on one stream
+included. The common path takes no lock: it reads one entry of a dict, which is one operation, and an entry never
+changes. What grows is a new entry, made under a lock; who still holds the old one, too small for the other but not for
+itself, launches with it, on the stream that its memory goes back to.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fa4_core.lasting import make_lasting
+
+ARRIVALS = 2**18
+"""Counters that a stream's work space holds at first, and what is kept ready for captures: 1 MiB each."""
+
+
+class Reserve:
+    """Zeroed counters for captured launches, each of which keeps its own: graphs may run beside anything else.
+
+    Zeroing them in the graph would cost every replay some 2 microseconds a launch. They are made outside of captures,
+    ahead, and never given back: a graph's launch holds its counters for as long as the graph may live.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: list[Tensor] = []
+        self._lock = threading.Lock()
+        self.free = torch.empty(0, dtype=torch.int32, device=device)
+
+    @property
+    def is_low(self) -> bool:
+        """Whether `fill` would make new counters."""
+        return self.free.numel() < ARRIVALS // 2
+
+    def fill(self) -> None:
+        """Makes new counters where few are left. What was taken before stays: a graph has nothing but its address."""
+        with self._lock:
+            if self.is_low:
+                self.free = make_lasting(self._zeros, self._device)
+                self._kept.append(self.free)
+
+    def _zeros(self) -> Tensor:
+        zeros = torch.zeros(ARRIVALS, dtype=torch.int32, device=self._device)
+        if self._device.type == "cuda":
+            # Once in many captures: no replay, on whatever stream, may come before the zeros.
+            torch.cuda.current_stream(self._device).synchronize()
+        return zeros
+
+    def take(self, n: int) -> Tensor | None:
+        """n counters that nobody else gets, or None where so many are not left."""
+        with self._lock:
+            if n > self.free.numel():
+                return None
+            taken, self.free = self.free[:n], self.free[n:]
+            return taken
+
+
+class _Space(NamedTuple):
+    """One stream's work space, which its launches use one after the other, and its device's reserve."""
+
+    parts: Tensor
+    arrivals: Tensor
+    reserve: Reserve
+
+
+_spaces: dict[tuple[torch.device, int], _Space] = {}
+_reserves: dict[torch.device, Reserve] = {}
+_growing = threading.Lock()
+
+
+def work_space(n_parts: int, n_arrivals: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """float32 numbers, and zeroed int32 counters, which every launch leaves at zero: as many of each or more.
+
+    They are the next launch's on the current stream of `device`, or in the capture that the stream is in.
+    """
+    if device.type != "cuda":
+        return _new(n_parts, n_arrivals, device)
+    if torch._C._cuda_getDevice() != device.index:
+        with torch.cuda.device(device):  # whose stream captures or not
+            return work_space(n_parts, n_arrivals, device)
+    if torch.cuda.is_current_stream_capturing():
+        reserve = _reserves.get(device)
+        taken = None if reserve is None else reserve.take(n_arrivals)
+        if taken is None:
+            return _new(n_parts, n_arrivals, device)
+        return torch.empty(n_parts, dtype=torch.float32, device=device), taken
+    return kept(n_parts, n_arrivals, device, torch._C._cuda_getCurrentRawStream(device.index))
+
+
+def kept(n_parts: int, n_arrivals: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+    """`work_space` outside of captures; stream: the handle of the device's current one."""
+    space = _spaces.get((device, stream))
+    if space is None or not _holds(space, n_parts, n_arrivals) or space.reserve.is_low:
+        space = _grow(n_parts, n_arrivals, device, stream)
+    return space.parts, space.arrivals
+
+
+def _new(n_parts: int, n_arrivals: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    parts = torch.empty(n_parts, dtype=torch.float32, device=device)
+    return parts, torch.zeros(n_arrivals, dtype=torch.int32, device=device)
+
+
+def _holds(space: _Space, n_parts: int, n_arrivals: int) -> bool:
+    return space.parts.numel() >= n_parts and space.arrivals.numel() >= n_arrivals
+
+
+def _grow(n_parts: int, n_arrivals: int, device: torch.device, stream: int) -> _Space:
+    """Makes what is missing of a stream's entry and of the reserve; each is made once, whoever comes at that time."""
+    with _growing:
+        reserve = _reserves.get(device)
+        if reserve is None:
+            reserve = _reserves[device] = Reserve(device)
+        reserve.fill()
+        space = _spaces.get((device, stream))
+        if space is None or not _holds(space, n_parts, n_arrivals):
+            n_parts = max(n_parts, 0 if space is None else space.parts.numel())
+            n_arrivals = max(n_arrivals, ARRIVALS if space is None else space.arrivals.numel())
+            parts = make_lasting(lambda: torch.empty(n_parts, dtype=torch.float32, device=device), device)
+            arrivals = make_lasting(lambda: torch.zeros(n_arrivals, dtype=torch.int32, device=device), device)
+            space = _spaces[device, stream] = _Space(parts, arrivals, reserve)
+        return space

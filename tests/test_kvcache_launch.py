@@ -1,0 +1,173 @@
+"""Steps over a KV cache in PyTorch and on a GPU: compiled, captured, without synchronisation, at any size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from caches import FP8, INT32, INTERPRETED, Layout, ThroughCache, a_problem, lay_out, needs_gpu, step_inputs
+
+from dispatch import attention_with_kvcache
+from fa4_core import kvcache
+
+pytestmark = pytest.mark.serves("kv_cache")
+
+
+def test_a_length_that_grows_with_every_step_prepares_nothing_anew(target):
+    """Neither a problem nor a launch: a step would cost a hundred microseconds of host time more."""
+    q, k, v, _ = a_problem(target, lengths=(50, 50), seqlen_q=1)
+    k_cache, v_cache, _ = lay_out(Layout(room=9), k, v, [50, 50])
+    new = (k[:, :1], v[:, :1])
+    prepared = []
+    for n in (50, 51, 52):
+        attention_with_kvcache(q, k_cache, v_cache, *new, cache_seqlens=n, backend=target.backend)
+        calls = [kvcache._problem_of.cache_info().misses]
+        if target.backend == "triton":
+            from fa4_triton import decode_launch
+
+            calls.append(decode_launch._call_of.cache_info().misses)
+        prepared.append(calls)
+    assert prepared[0] == prepared[1] == prepared[2]
+
+
+def test_compile_keeps_the_call_in_one_graph_and_mutates_the_cache():
+    device = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+    q, k_cache, v_cache, new, seqlens, _ = step_inputs(device, dtype=torch.float32)
+
+    def step(q, k_cache, v_cache, seqlens, window):
+        out = attention_with_kvcache(
+            q * 2, k_cache, v_cache, new, new, cache_seqlens=seqlens, window=(window, None), softmax_scale=0.3
+        )
+        return out + 1, k_cache.sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for window in (50, 60):
+        mine, theirs = [(k_cache.clone(), v_cache.clone()) for _ in range(2)]
+        want = step(q, *mine, seqlens, window)
+        got = compiled(q, *theirs, seqlens, window)
+        assert all(map(torch.allclose, got, want))
+        assert all(map(torch.equal, mine, theirs))
+
+
+def test_autocast_casts_nothing(target):
+    """A cache in autocast's dtype could not be given back to the caller, nor one in float32 be written in place."""
+    q, k, v, used = a_problem(target, torch.float32)
+    want = ThroughCache(target, Layout())(q, k, v, seqused_k=used)
+    with torch.autocast(q.device.type, dtype=torch.bfloat16):
+        got = ThroughCache(target, Layout())(q, k, v, seqused_k=used)
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("page", [0, 16])
+def test_a_step_neither_synchronises_nor_compiles_when_lengths_change_and_can_be_captured(page, monkeypatch):
+    from fa4_triton import decode_launch
+
+    q, k_cache, v_cache, new, seqlens, where = step_inputs("cuda", page=page)
+
+    def step():
+        return attention_with_kvcache(q, k_cache, v_cache, new, new, cache_seqlens=seqlens, causal=True, **where)
+
+    step()
+    torch.cuda.synchronize()
+    compiled = []
+    real = decode_launch.compile_planned
+    monkeypatch.setattr(decode_launch, "compile_planned", lambda *args: compiled.append(args) or real(*args))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for n in (5, 620):
+            seqlens.fill_(n)
+            step()
+        attention_with_kvcache(q, k_cache, v_cache, new, new, cache_seqlens=seqlens, causal=True, num_splits=7, **where)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not compiled
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    for n in (3, 500, 638):
+        seqlens.fill_(n)
+        graph.replay()
+        assert torch.equal(captured, step()), n
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_the_capacity_costs_neither_programs_nor_much_memory(monkeypatch):
+    """A grid, or a work space, made for the capacity would grow with it."""
+    from fa4_triton import decode_launch
+
+    grids = []
+    real = decode_launch._launch
+
+    def launch(plan, device, grid, *rest):
+        grids.append(grid)
+        real(plan, device, grid, *rest)
+
+    monkeypatch.setattr(decode_launch, "_launch", launch)
+    q = torch.randn(4, 1, 8, 64, device="cuda", dtype=torch.bfloat16)
+    cache = torch.zeros(1, 2**20, 1, 64, device="cuda", dtype=torch.bfloat16).expand(4, -1, -1, -1)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention_with_kvcache(q, cache, cache, cache_seqlens=100)
+    assert torch.cuda.max_memory_allocated() - before < 8 * 2**20
+    assert max(grids) <= 4 * torch.cuda.get_device_properties(0).multi_processor_count
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_cache_beyond_2_to_the_31_elements(target):
+    """32-bit offsets wrap around there, in rows and in pages."""
+    if target.backend != "triton":
+        pytest.skip("plain PyTorch")
+    n = 2**31 // (8 * 128) + 4096
+    cache = torch.zeros(1, n, 8, 128, device="cuda", dtype=torch.bfloat16)
+    tail = torch.randn(500, 8, 128, device="cuda", dtype=torch.bfloat16)
+    cache[0, -500:] = tail
+    q = torch.randn(1, 1, 8, 128, device="cuda", dtype=torch.bfloat16)
+    want = attention_with_kvcache(q, tail[None], tail[None], cache_seqlens=500)
+    pad = torch.tensor([n - 500], dtype=INT32, device="cuda")
+    assert torch.equal(attention_with_kvcache(q, cache, cache, cache_seqlens=n, cache_leftpad=pad), want)
+    pages = cache.view(-1, 16, 8, 128)
+    table = torch.arange(pages.shape[0] - 32, pages.shape[0], device="cuda", dtype=INT32)[None]
+    pad = torch.tensor([512 - 500], dtype=INT32, device="cuda")
+    got = attention_with_kvcache(q, pages, pages, cache_seqlens=512, page_table=table, cache_leftpad=pad)
+    torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("architecture", [80, 89, 90, 100, 120])
+def test_every_kernel_compiles_within_the_shared_memory_of_every_architecture(architecture, monkeypatch):
+    """A launch would fail with "out of resources" on a GPU that nobody here has."""
+    compiler = pytest.importorskip("triton.backends.compiler", reason="Triton is not installed")
+    import fa4_triton
+    from fa4_triton import decode_launch, launch, tiles
+
+    target = compiler.GPUTarget("cuda", architecture, 32)
+    compiled = []
+
+    def compile_only(plan, device, grid, arguments, layout):
+        compiled.append((plan.kernel.__name__, decode_launch.compile_planned(plan, arguments(False), target, layout)))
+
+    monkeypatch.setattr(fa4_triton, "_unavailable", lambda device: None)
+    monkeypatch.setattr(launch, "target_of", lambda device: target)
+    monkeypatch.setattr(decode_launch, "_launch", compile_only)
+    decode_launch._call_of.cache_clear()
+    for dim, seqlen_q, dtype in ((128, 1, torch.bfloat16), (256, 2, torch.bfloat16), (128, 40, FP8)):
+        q, new = (torch.zeros(2, seqlen_q, heads, dim, dtype=torch.bfloat16) for heads in (8, 2))
+        cache, table = torch.zeros(9, 16, 2, dim).to(dtype), torch.zeros(2, 4, dtype=INT32)
+        attention_with_kvcache(q, cache, cache, new, new, cache_seqlens=3, page_table=table, backend="triton")
+    decode_launch._call_of.cache_clear()
+    assert [name for name, _ in compiled] == ["append_rows", "attention_decode"] * 2 + [
+        "append_rows",
+        "attention_prefill",
+    ]
+    limit = tiles.SHARED_MEMORY[tiles.family_of(target)]
+    for name, kernel in compiled:
+        assert kernel.metadata.shared <= limit * 1024, f"{name}: {kernel.metadata.shared} bytes of {limit} KiB"
