@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -35,10 +36,24 @@ def config(kinds: Kinds, arch: str) -> sm90_config.Sm90Config | sm100_config.Sm1
     return sm100_config.config_for(kinds, capability)
 
 
-def item_rows(kinds: Kinds, arch: str) -> int:
-    """Query rows of a work item."""
+class Items(NamedTuple):
+    """What a launch counts its work items by: query positions and query heads of an item, and blocks that share one.
+
+    launch_control: whether each item has a block of its own, which others may take over.
+    """
+
+    positions: int
+    heads: int
+    blocks: int
+    launch_control: bool
+
+
+def items(kinds: Kinds, arch: str) -> Items:
+    """The work items of a kind's forward."""
     chosen = config(kinds, arch)
-    return chosen.tile_m if isinstance(chosen, sm90_config.Sm90Config) else chosen.rows
+    if isinstance(chosen, sm90_config.Sm90Config):
+        return Items(chosen.tile_m, 1, 1, False)
+    return Items(chosen.positions, chosen.packed, chosen.ctas, chosen.launch_control)
 
 
 def drawn(kinds: Kinds) -> bool:

@@ -103,30 +103,34 @@ def _numbers(problem: Problem) -> tuple[float | int | None, ...]:
     if kinds.softcap:
         scale, capped = problem.softcap * LOG2_E, problem.softmax_scale / problem.softcap
     sms = torch.cuda.get_device_properties(problem.device).multi_processor_count
-    rows = kernels.item_rows(kinds, _architecture(problem.device))
+    item = kernels.items(kinds, _architecture(problem.device))
+    heads = problem.heads_q // item.heads
     if kinds.varlen:
-        tiles, items = 1, (problem.seqlen_q // rows + problem.batch) * problem.heads_q
+        tiles, items = 1, (problem.seqlen_q // item.positions + problem.batch) * heads
     else:
-        tiles = -(-problem.seqlen_q // rows)
-        items = tiles * problem.heads_q * problem.batch
+        tiles = -(-problem.seqlen_q // item.positions)
+        items = tiles * heads * problem.batch
     return (
         scale,
         capped,
         problem.window_left if kinds.window_left else None,
         problem.window_right if kinds.window_right else None,
         float(problem.rescale_threshold),
-        _section(problem, tiles, sms),
-        max(1, min(sms, items)),
+        _section(problem, tiles, item.heads, sms),
+        max(1, items if item.launch_control else min(sms // item.blocks, items)),
     )
 
 
-def _section(problem: Problem, tiles: int, sms: int) -> int:
-    """Heads side by side in the longest-first order: enough to occupy the device twice over, or once if L2 is small."""
+def _section(problem: Problem, tiles: int, packed: int, sms: int) -> int:
+    """Heads side by side in the longest-first order: enough to occupy the device twice over, or once if L2 is small.
+
+    packed: query heads that one work item holds, and that count as one here.
+    """
     kinds = problem.kinds
     once = -(-sms // tiles)
-    size = problem.seqlen_k * (kinds.head_dim + kinds.head_dim_v) * kinds.dtype.itemsize // kinds.group
+    size = problem.seqlen_k * (kinds.head_dim + kinds.head_dim_v) * kinds.dtype.itemsize * packed // kinds.group
     wanted = 2 * once if 2 * once * size <= SECTION_BYTES else once
-    return min(wanted, problem.heads_q * problem.batch)
+    return min(wanted, problem.heads_q // packed * problem.batch)
 
 
 def _counter(device: torch.device) -> Tensor:

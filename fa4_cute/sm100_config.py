@@ -17,6 +17,13 @@ TMEM_COLUMNS = 512
 SHARED_BYTES = 227 * 1024
 REGISTERS = 65536
 WARP = 32
+TILE_M = 128
+"""Rows of a Q tile in one CTA: lanes of tensor memory."""
+SMALL_BYTES = 3072
+"""Shared memory before the tiles: barriers, the work item, factors and scales. One KiB more would cost head_dim 128 its
+third slot for K and V, and with two the tensor cores wait for V."""
+ITEM_WORDS = 19
+"""Words of a published work item."""
 FRAGMENT = 32
 """Columns of a row that are exponentiated, converted and stored to P at a time."""
 
@@ -81,17 +88,23 @@ class Sm100Config:
     """What one compiled kernel is laid out for; refuses what does not fit.
 
     head_dim, head_dim_v: padded. share: the part of the exponentials that FMA units compute. p_first: columns of P that
-    are handed to the tensor cores before the rest is computed. registers_*: of a thread, by role.
+    are handed to the tensor cores before the rest is computed. registers_*: of a thread, by role. tile_m: rows of a Q
+    tile in one CTA. packed: query heads of one KV head whose rows lie side by side in a Q tile, 1 for none. ctas: 2 if
+    the CTAs of a cluster share their MMAs, each with rows of Q and half of every K and V tile. launch_control: whether
+    blocks take over the work of blocks that have not started, instead of drawing it or taking equal shares.
     """
 
     head_dim: int
     head_dim_v: int
     share: Exp2Share = Exp2Share()
+    packed: int = 1
+    ctas: int = 1
+    launch_control: bool = False
     p_first: int = 96
     registers_softmax: int = 184
     registers_correction: int = 96
     registers_other: int = 48
-    tile_m: int = 128
+    tile_m: int = TILE_M
     tile_n: int = 128
     q_tiles: int = 2
 
@@ -100,12 +113,16 @@ class Sm100Config:
             raise ValueError(f"head dims {self.head_dim}, {self.head_dim_v}: accepted are {HEAD_DIMS}")
         if self.o_columns[-1] + self.head_dim_v > TMEM_COLUMNS:
             raise ValueError(f"tensor memory: {self.o_columns[-1] + self.head_dim_v} of {TMEM_COLUMNS} columns")
+        if self.tile_m % self.packed:
+            raise ValueError(f"packed: got {self.packed} heads, a Q tile has {self.tile_m} rows")
+        if self.ctas not in (1, 2) or (self.ctas == 2 and (self.o_replaces_q or self.launch_control)):
+            raise ValueError(f"ctas: got {self.ctas}; a pair needs head_dim up to 128, and no launch_control")
         if self.p_first % FRAGMENT or not 0 < self.p_first < self.tile_n:
             raise ValueError(f"p_first: got {self.p_first}, accepted are 32, 64 and 96")
         if self.kv_slots < 2:
             raise ValueError(f"shared memory: {self.kv_slots} slots for K and V, at least 2 are needed")
-        if self.shared_bytes > SHARED_BYTES:
-            raise ValueError(f"shared memory: {self.shared_bytes} of {SHARED_BYTES} bytes")
+        if 8 * self.barriers + self.items_bytes + self.row_bytes > SMALL_BYTES:
+            raise ValueError(f"shared memory: barriers, items and rows exceed {SMALL_BYTES} bytes")
         registers = (self.registers_softmax, self.registers_correction, self.registers_other)
         used = WARP * (2 * SOFTMAX_WARPS * registers[0] + CORRECTION_WARPS * registers[1] + 4 * registers[2])
         if used > REGISTERS:
@@ -114,9 +131,14 @@ class Sm100Config:
             raise ValueError(f"registers: got {registers}, setmaxnreg takes multiples of 8")
 
     @property
-    def rows(self) -> int:
-        """Query rows of a work item."""
-        return self.q_tiles * self.tile_m
+    def tile_positions(self) -> int:
+        """Query positions of a Q tile, over both CTAs of a pair."""
+        return self.ctas * self.tile_m // self.packed
+
+    @property
+    def positions(self) -> int:
+        """Query positions of a work item."""
+        return self.q_tiles * self.tile_positions
 
     # Tensor memory, in columns of 32 bits. P lies in the second half of S: it is written when S has been read.
     @property
@@ -147,13 +169,13 @@ class Sm100Config:
 
     @property
     def k_bytes(self) -> int:
-        """One K tile."""
-        return self.tile_n * self.head_dim * 2
+        """One CTA's part of a K tile."""
+        return self.tile_n * self.head_dim * 2 // self.ctas
 
     @property
     def v_bytes(self) -> int:
-        """One V tile."""
-        return self.tile_n * self.head_dim_v * 2
+        """One CTA's part of a V tile."""
+        return self.tile_n * self.head_dim_v * 2 // self.ctas
 
     @property
     def o_replaces_q(self) -> bool:
@@ -161,9 +183,19 @@ class Sm100Config:
         return self.head_dim > 128
 
     @property
-    def small_bytes(self) -> int:
-        """Barriers, factors and statistics, rounded up to the alignment of the tiles behind them."""
-        return 4096
+    def barriers(self) -> int:
+        """Barriers of 8 bytes: items 2, q 4, s 4, p_rest 2, o 2, scales 4, out 4, factor 8, control 2; kv 2 a slot."""
+        return 32 + 2 * self.kv_slots
+
+    @property
+    def items_bytes(self) -> int:
+        """The published work item, launch control's answer, and the address of tensor memory."""
+        return 4 * ITEM_WORDS + 16 + 16
+
+    @property
+    def row_bytes(self) -> int:
+        """A row's factor and its final scale."""
+        return 2 * 4 * self.q_tiles * self.tile_m
 
     @property
     def tile_bytes(self) -> int:
@@ -173,12 +205,12 @@ class Sm100Config:
     @property
     def kv_slots(self) -> int:
         """Slots of the ring of K and V tiles: as many as fit."""
-        return min((SHARED_BYTES - self.small_bytes - self.tile_bytes) // max(self.k_bytes, self.v_bytes), 12)
+        return min((SHARED_BYTES - SMALL_BYTES - self.tile_bytes) // max(self.k_bytes, self.v_bytes), 12)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        return self.small_bytes + self.tile_bytes + self.kv_slots * max(self.k_bytes, self.v_bytes)
+        return SMALL_BYTES + self.tile_bytes + self.kv_slots * max(self.k_bytes, self.v_bytes)
 
     @property
     def threads(self) -> int:
@@ -196,6 +228,16 @@ class Sm100Config:
         """Threads of the correction warpgroup."""
         return CORRECTION_WARPS * WARP
 
+    @property
+    def softmax_arrivals(self) -> int:
+        """Arrivals of one Q tile's softmax that the MMA warp waits for: threads, or a pair's warps."""
+        return self.softmax_threads if self.ctas == 1 else 2 * SOFTMAX_WARPS
+
+    @property
+    def correction_arrivals(self) -> int:
+        """Arrivals of the correction that the MMA warp waits for: threads, or a pair's warps."""
+        return self.correction_threads if self.ctas == 1 else 2 * CORRECTION_WARPS
+
 
 def config_for(kinds: Kinds, capability: tuple[int, int]) -> Sm100Config:
     """The choice for a problem that `missing` has no objection to (docs/blackwell.md has the table behind it).
@@ -205,4 +247,7 @@ def config_for(kinds: Kinds, capability: tuple[int, int]) -> Sm100Config:
     pair = padded(kinds.head_dim, kinds.head_dim_v)
     assert pair is not None
     share = Exp2Share() if capability >= (10, 3) else Exp2Share(period=16)
-    return Sm100Config(*pair, share)
+    packed = kinds.group if TILE_M % kinds.group == 0 else 1
+    masked = kinds.window_left or kinds.window_right
+    alike = not (masked or kinds.varlen or kinds.seqused_q or kinds.seqused_k)
+    return Sm100Config(*pair, share, packed, ctas=2 if pair == (128, 128) and alike else 1)

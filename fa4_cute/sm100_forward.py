@@ -22,7 +22,7 @@ Rings, with the arrivals that complete a slot's full and its empty barrier:
     p_rest  a Q tile       128 softmax threads      (s: the MMAs that read P precede the next S)
     factor  a softmax warp 1 thread                 (s: correction lets go when it has read the factors)
     o       a Q tile       MMA commit               (s: correction lets go when it has read O)
-    sums    a Q tile       128 softmax threads      128 correction threads
+    scales  a Q tile       128 softmax threads      128 correction threads
     out     a Q tile       128 correction threads   store 1 thread
 
 Steady state, i and j being the Q tiles, n a key tile:
@@ -57,7 +57,7 @@ from fa4_cute.params import DTYPES, Values, by_head, statistic_by_head
 from fa4_cute.pipelines import Cursor, Ring
 from fa4_cute.ranges import Span, Window, key_span, visible_keys
 from fa4_cute.schedule import Extent, Lengths, Schedule, Sequence, WorkItem, draw, retire, sequence_of, start, take
-from fa4_cute.sm100_config import FRAGMENT, Exp2Share, Sm100Config, config_for
+from fa4_cute.sm100_config import FRAGMENT, ITEM_WORDS, Exp2Share, Sm100Config, config_for
 from fa4_cute.sm100_rings import MmaRing, Signal, lap_of, slot_of
 from fa4_cute.sm100_rows import (
     add_up,
@@ -73,11 +73,12 @@ from fa4_cute.sm100_rows import (
 from fa4_cute.sm100_tmem import TmemRows
 from fa4_cute.softmax import LOG2_E, finish, tanh
 
-ITEM_WORDS = 19
 ITEM_READERS = 15
 """Warps that read each published item: all but the scheduler."""
 TMEM_BARRIER = 1
 """Named barrier of the correction warpgroup and the MMA warp; 0 is the block's."""
+NO_INDEX = 1 << 30
+"""An index past every work item and every row."""
 RAGGED_ROWS = 1 << 30
 """Rows of a ragged view, see `_ragged`."""
 
@@ -94,6 +95,8 @@ class Sm100Forward:
         self.counted = counted
         self.dtype = DTYPES[kinds.dtype]
         self.ragged_k = kinds.varlen or kinds.seqused_k
+        masked = kinds.window_left or kinds.window_right
+        self.sees_all = not (masked or kinds.varlen or kinds.seqused_q or kinds.seqused_k)
 
     @cute.jit
     def __call__(
@@ -122,7 +125,7 @@ class Sm100Forward:
         """Makes the TMA maps and launches; arguments as `params.fake_arguments` lists them."""
         config = self.config
         m_q, m_k, m_v, m_o = by_head(q), by_head(k), by_head(v), by_head(out)
-        extent_k, batch = m_k.shape[0], m_q.shape[3]
+        extent_q, extent_k, batch = m_q.shape[0], m_k.shape[0], m_q.shape[3]
         if const_expr(cu_seqlens_q is not None):
             batch = cu_seqlens_q.shape[0] - 1
         m_v_tma, m_o_tma = m_v, m_o
@@ -132,38 +135,54 @@ class Sm100Forward:
             m_o_tma = _ragged(m_o)
         # V is the second operand of P V, whose rows are head dimensions.
         m_v_tma = cute.make_tensor(m_v_tma.iterator, cute.select(m_v_tma.layout, [1, 0, *range(2, cute.rank(m_v_tma))]))
+        m_q, m_o_tma = _packed(m_q, config.packed), _packed(m_o_tma, config.packed)
         mma_s, mma_o = self._mmas()
         layout_q, layout_k, layout_v, layout_o = self._shared_layouts(mma_s, mma_o)
-        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        load, store = cpasync.CopyBulkTensorTileG2SOp(self._cta_group), cpasync.CopyBulkTensorTileS2GOp()
         tile_s, tile_o = self._mma_tiles()
-        one, slot = (1, 1, 1, 1), [0, 1, 2]
+        cluster, slot = (config.ctas, 1, 1, 1), [0, 1, 2]
         maps = _Maps(
-            *cute.nvgpu.make_tiled_tma_atom_A(load, m_q, cute.select(layout_q, slot), tile_s, mma_s, one),
-            *cute.nvgpu.make_tiled_tma_atom_B(load, m_k, cute.select(layout_k, slot), tile_s, mma_s, one),
-            *cute.nvgpu.make_tiled_tma_atom_B(load, m_v_tma, cute.select(layout_v, slot), tile_o, mma_o, one),
-            *cpasync.make_tiled_tma_atom(store, m_o_tma, cute.select(layout_o, [0, 1]), tile_o[:2]),
+            *cute.nvgpu.make_tiled_tma_atom_A(load, m_q, cute.select(layout_q, slot), tile_s, mma_s, cluster),
+            *cute.nvgpu.make_tiled_tma_atom_B(load, m_k, cute.select(layout_k, slot), tile_s, mma_s, cluster),
+            *cute.nvgpu.make_tiled_tma_atom_B(load, m_v_tma, cute.select(layout_v, slot), tile_o, mma_o, cluster),
+            *cpasync.make_tiled_tma_atom(store, m_o_tma, cute.select(layout_o, [0, 1]), self._store_tile()),
         )
         self.kernel(
             maps,
             _Outputs(m_o, statistic_by_head(lse), counter, counts),
             sink,
             Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k),
-            Extent(Int32(batch), m_q.shape[2], m_q.shape[0], extent_k, section),
+            Extent(Int32(batch), m_q.shape[2], extent_q, extent_k, section),
             Values(scale_log2, capped_scale, window_left, window_right, threshold),
-        ).launch(grid=[programs, 1, 1], block=[config.threads, 1, 1], stream=stream, min_blocks_per_mp=1)
+        ).launch(
+            grid=[programs * config.ctas, 1, 1],
+            block=[config.threads, 1, 1],
+            cluster=[config.ctas, 1, 1] if config.ctas > 1 else None,
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
 
     def _mma_tiles(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """(rows, columns, inner) of S = Q K^T and of O = P V."""
+        """(rows, columns, inner) of S = Q K^T and of O = P V, over both CTAs of a pair."""
         config = self.config
-        return (config.tile_m, config.tile_n, config.head_dim), (config.tile_m, config.head_dim_v, config.tile_n)
+        rows = config.ctas * config.tile_m
+        return (rows, config.tile_n, config.head_dim), (rows, config.head_dim_v, config.tile_n)
+
+    def _store_tile(self) -> tuple[int, int]:
+        """Rows and columns of an O tile as one CTA stores it."""
+        return self.config.tile_m, self.config.head_dim_v
+
+    @property
+    def _cta_group(self) -> tcgen05.CtaGroup:
+        return tcgen05.CtaGroup.TWO if self.config.ctas == 2 else tcgen05.CtaGroup.ONE
 
     def _mmas(self) -> tuple[cute.TiledMma, cute.TiledMma]:
         """S = Q K^T from shared memory, and O = P V with P from tensor memory."""
-        k_major, mn_major, one = OperandMajorMode.K, OperandMajorMode.MN, tcgen05.CtaGroup.ONE
+        k_major, mn_major, group = OperandMajorMode.K, OperandMajorMode.MN, self._cta_group
         make, kind = blackwell.make_trivial_tiled_mma, (self.dtype, self.dtype)
         tile_s, tile_o = self._mma_tiles()
-        mma_s = make(*kind, k_major, k_major, Float32, one, tile_s[:2])
-        mma_o = make(*kind, k_major, mn_major, Float32, one, tile_o[:2], tcgen05.OperandSource.TMEM)
+        mma_s = make(*kind, k_major, k_major, Float32, group, tile_s[:2])
+        mma_o = make(*kind, k_major, mn_major, Float32, group, tile_o[:2], tcgen05.OperandSource.TMEM)
         return mma_s, mma_o
 
     def _shared_layouts(self, mma_s, mma_o):
@@ -175,7 +194,7 @@ class Sm100Forward:
         layout_k = blackwell.make_smem_layout_b(mma_s, tile_s, self.dtype, config.kv_slots)
         layout_v = blackwell.make_smem_layout_b(mma_o, tile_o, self.dtype, config.kv_slots)
         row_major = cutlass.utils.LayoutEnum.ROW_MAJOR
-        layout_o = blackwell.make_smem_layout_epi(self.dtype, row_major, tile_o[:2], config.q_tiles)
+        layout_o = blackwell.make_smem_layout_epi(self.dtype, row_major, self._store_tile(), config.q_tiles)
         if config.o_replaces_q:
             layout_o = _slots_apart(layout_o, config.q_tiles, config.q_bytes // 2)
         slots = config.kv_slots
@@ -197,25 +216,26 @@ class Sm100Forward:
         layout_q, layout_k, layout_v, layout_o = self._shared_layouts(mma_s, mma_o)
 
         memory = cutlass.utils.SmemAllocator()
-        barriers = memory.allocate_array(Int64, 30 + 2 * config.kv_slots)
-        both = config.softmax_threads + config.correction_threads
+        barriers = memory.allocate_array(Int64, config.barriers)
+        both = config.softmax_arrivals + config.correction_arrivals
         rings = _Rings(
             items=Ring(barriers, 1, 1, ITEM_READERS),
-            q=MmaRing(barriers + 2, 2, 1, 1),
-            s=MmaRing(barriers + 6, 2, 1, both),
-            p_rest=Signal(barriers + 10, 2, config.softmax_threads),
-            o=Signal(barriers + 12, 2, 1),
-            sums=Ring(barriers + 14, 2, config.softmax_threads, config.correction_threads),
+            q=MmaRing(barriers + 2, 2, 1, 1, config.ctas),
+            s=MmaRing(barriers + 6, 2, 1, both, config.ctas),
+            p_rest=Signal(barriers + 10, 2, config.softmax_arrivals, config.ctas),
+            o=Signal(barriers + 12, 2, 1, config.ctas),
+            scales=Ring(barriers + 14, 2, config.softmax_threads, config.correction_threads),
             out=Ring(barriers + 18, 2, config.correction_threads, 1),
             factor=Signal(barriers + 22, 2 * roles.SOFTMAX_WARPS, 1),
-            kv=MmaRing(barriers + 30, config.kv_slots, 1, 1),
+            control=Ring(barriers + 30, 1, 1, 1),
+            kv=MmaRing(barriers + 32, config.kv_slots, 1, 1, config.ctas),
         )
+        answer = memory.allocate_array(Int32, 4, byte_alignment=16)
         tmem_address = memory.allocate_array(Int32, 1)
         rows = cute.make_layout((config.tile_m, config.q_tiles))
         s_items = cute.make_tensor(memory.allocate_array(Int32, ITEM_WORDS), cute.make_layout(ITEM_WORDS))
-        s_factor = cute.make_tensor(memory.allocate_array(Float32, config.rows), rows)
-        s_sum = cute.make_tensor(memory.allocate_array(Float32, config.rows), rows)
-        s_pivot = cute.make_tensor(memory.allocate_array(Float32, config.rows), rows)
+        s_factor = cute.make_tensor(memory.allocate_array(Float32, cute.size(rows)), rows)
+        s_scale = cute.make_tensor(memory.allocate_array(Float32, cute.size(rows)), rows)
         s_q = memory.allocate_tensor(self.dtype, layout_q.outer, 1024, layout_q.inner)
         if const_expr(config.o_replaces_q):
             s_o = cute.make_tensor(cute.recast_ptr(s_q.iterator, layout_o.inner), layout_o.outer)
@@ -223,36 +243,52 @@ class Sm100Forward:
             s_o = memory.allocate_tensor(self.dtype, layout_o.outer, 1024, layout_o.inner)
         s_k = memory.allocate_tensor(self.dtype, layout_k.outer, 1024, layout_k.inner)
         s_v = cute.make_tensor(cute.recast_ptr(s_k.iterator, layout_v.inner), layout_v.outer)
-        shared = _Shared(s_items, s_factor, s_sum, s_pivot, s_q, s_k, s_v, s_o)
+        shared = _Shared(answer, s_items, s_factor, s_scale, s_q, s_k, s_v, s_o)
 
         if warp == 0:
             with cute.arch.elect_one():
                 for ring in rings:
                     ring.init()
             cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        self._meet()
 
         if warp < roles.FIRST_CORRECTION_WARP:
             cute.arch.setmaxregister_increase(config.registers_softmax)
-            self.softmax(mma_s, shared, rings, values, outputs)
+            self.softmax(mma_s, shared, rings, values, outputs, sink)
         elif warp < roles.MMA_WARP:
             cute.arch.setmaxregister_decrease(config.registers_correction)
-            self.correct(mma_o, shared, rings, outputs, sink)
+            self.correct(mma_o, shared, rings)
         else:
             cute.arch.setmaxregister_decrease(config.registers_other)
             if warp == roles.MMA_WARP:
-                cute.arch.alloc_tmem(roles.TMEM_COLUMNS, tmem_address)
+                pair = config.ctas == 2
+                cute.arch.alloc_tmem(roles.TMEM_COLUMNS, tmem_address, is_two_cta=pair)
                 self.multiply(mma_s, mma_o, shared, rings)
-                cute.arch.relinquish_tmem_alloc_permit()
+                cute.arch.relinquish_tmem_alloc_permit(is_two_cta=pair)
                 cute.arch.barrier(barrier_id=TMEM_BARRIER, number_of_threads=config.correction_threads + roles.WARP)
                 address = cute.arch.retrieve_tmem_ptr(Float32, 16, tmem_address)
-                cute.arch.dealloc_tmem(address, roles.TMEM_COLUMNS)
+                cute.arch.dealloc_tmem(address, roles.TMEM_COLUMNS, is_two_cta=pair)
             elif warp == roles.STORE_WARP:
                 self.store(maps, shared, rings)
             elif warp == roles.LOAD_WARP:
                 self.load(mma_s, mma_o, maps, shared, rings)
             else:
                 self.schedule(outputs, sink, shared, rings, lengths, extent, values)
+        if const_expr(config.ctas > 1):
+            self._meet()  # neither may leave while the other arrives on its barriers
+
+    @cute.jit
+    def _meet(self):
+        """A barrier of the block, or of both blocks of a pair."""
+        if const_expr(self.config.ctas > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
+
+    def _rank(self) -> Int32:
+        """The block's place in its pair; block 0 issues the MMAs of both."""
+        return cute.arch.block_idx_in_cluster() if self.config.ctas > 1 else Int32(0)
 
     # Scheduler -------------------------------------------------------------------------------------------------------
 
@@ -265,42 +301,66 @@ class Sm100Forward:
         config = self.config
         program, _, _ = cute.arch.block_idx()
         programs, _, _ = cute.arch.grid_dim()
+        if const_expr(config.ctas > 1):
+            program, programs = program // config.ctas, programs // config.ctas
         longest_first = self.kinds.window_left or self.kinds.window_right
-        order = Schedule(lengths, extent, programs, config.rows, longest_first)
+        order = Schedule(lengths, extent, programs, config.positions, longest_first)
         window = Window(values.window_left, values.window_right)
         at = rings.items.start()
         rings.items.acquire(at)
         valid, work, place = take(order, start(), program, program)
+        if const_expr(config.launch_control and self.kinds.varlen):
+            self._write_past_the_end(outputs, extent, lengths, program, programs)
+        control_at = rings.control.start()
         while valid:
             sequence = sequence_of(work.batch, lengths, extent)
-            first_row = work.tile * config.rows
+            first_row = work.tile * config.positions
             upper = self._span(sequence, window, first_row)
-            lower = self._span(sequence, window, first_row + config.tile_m)
+            lower = self._span(sequence, window, first_row + config.tile_positions)
             begin, end = upper.begin, cutlass.max(upper.end, lower.end)
-            if upper.begin == upper.end:
-                begin = lower.begin
-                self._write_unseen(outputs, sink, work, sequence, first_row)
-            if lower.begin == lower.end:
-                self._write_unseen(outputs, sink, work, sequence, first_row + config.tile_m)
+            if const_expr(not self.sees_all):
+                if upper.begin == upper.end:
+                    begin = lower.begin
+                    self._write_unseen(outputs, sink, work, sequence, first_row)
+                if lower.begin == lower.end:
+                    self._write_unseen(outputs, sink, work, sequence, first_row + config.tile_positions)
             if begin < end:
                 self._publish(shared, rings, at, (Int32(1), *work, *sequence, begin, end, *upper, *lower))
                 at = rings.items.next(at)
                 rings.items.acquire(at)
             following = None
-            if const_expr(outputs.counter is not None):
+            if const_expr(config.launch_control):
+                following = self._take_over(shared, rings, control_at)
+                control_at = rings.control.next(control_at)
+                if const_expr(self.kinds.varlen):
+                    self._write_past_the_end(outputs, extent, lengths, following, programs)
+            elif const_expr(outputs.counter is not None):
                 following = draw(outputs.counter, programs)
             valid, work, place = take(order, place, program, following)
         self._publish(shared, rings, at, (Int32(0),) * ITEM_WORDS)
-        if const_expr(outputs.counter is not None):
-            retire(outputs.counter, programs)
-        if const_expr(self.kinds.varlen):
-            self._write_past_the_end(outputs, extent, lengths, program, programs)
+        if const_expr(not config.launch_control):
+            if const_expr(outputs.counter is not None):
+                retire(outputs.counter, programs)
+            if const_expr(self.kinds.varlen):
+                self._write_past_the_end(outputs, extent, lengths, program, programs)
+
+    @cute.jit
+    def _take_over(self, shared, rings, at) -> Int32:
+        """The index of a block that has not started, and now never will; an index past every item if there is none."""
+        with cute.arch.elect_one():
+            cute.arch.fence_view_async_shared()  # the last answer has been read
+            rings.control.expect(at, 16)
+            cute.arch.issue_clc_query(rings.control.full_barrier(at), shared.answer, multicast=False)
+        rings.control.wait(at)
+        index, _, _, found = cute.arch.clc_response(shared.answer)
+        cute.arch.sync_warp()
+        return index if found != 0 else Int32(NO_INDEX)
 
     @cute.jit
     def _span(self, sequence, window, first_row):
         """The key tiles that a Q tile visits; (0, 0, 0, 0) if it sees no key."""
         config = self.config
-        last_row = cutlass.min(first_row + config.tile_m, sequence.seqlen_q)
+        last_row = cutlass.min(first_row + config.tile_positions, sequence.seqlen_q)
         span = key_span(first_row, last_row, sequence.seqlen_q, sequence.seqlen_k, window, config.tile_n)
         if first_row >= sequence.seqlen_q or span.begin == span.end:
             span = Span(Int32(0), Int32(0), Int32(0), Int32(0))
@@ -332,17 +392,19 @@ class Sm100Forward:
     @cute.jit
     def _write_unseen(self, outputs, sink, work, sequence, first_row):
         """Output and LSE of a Q tile that sees no key: zeros, and -inf or the sink's logit."""
-        lane = cute.arch.lane_idx()
+        packed, lane = self.config.packed, cute.arch.lane_idx()
         batch = self._batch(work)
-        empty = -Float32.inf
-        if const_expr(sink is not None):
-            empty = Float32(sink[work.head])
-        rows = cutlass.min(first_row + self.config.tile_m, sequence.rows_q)
-        for row in cutlass.range(first_row, rows, unroll=1):
-            for column in cutlass.range(lane, self.kinds.head_dim_v, 32, unroll=1):
-                outputs.out[sequence.offset_q + row, column, work.head, batch] = self.dtype(0.0)
-        for row in cutlass.range(first_row + lane, rows, 32, unroll=1):
-            outputs.lse[sequence.offset_q + row, work.head, batch] = empty if row < sequence.seqlen_q else -Float32.inf
+        rows = cutlass.min(first_row + self.config.tile_positions, sequence.rows_q)
+        for n in cutlass.range(packed, unroll=1):
+            head = work.head * packed + n
+            empty = -Float32.inf
+            if const_expr(sink is not None):
+                empty = Float32(sink[head])
+            for row in cutlass.range(first_row, rows, unroll=1):
+                for column in cutlass.range(lane, self.kinds.head_dim_v, 32, unroll=1):
+                    outputs.out[sequence.offset_q + row, column, head, batch] = self.dtype(0.0)
+            for row in cutlass.range(first_row + lane, rows, 32, unroll=1):
+                outputs.lse[sequence.offset_q + row, head, batch] = empty if row < sequence.seqlen_q else -Float32.inf
 
     @cute.jit
     def _write_past_the_end(self, outputs, extent, lengths, program, programs):
@@ -353,7 +415,7 @@ class Sm100Forward:
             last = sequence_of(extent.batch - 1, lengths, extent)
             end = last.offset_q + last.rows_q
         for row in cutlass.range(end + program, extent.seqlen_q, programs, unroll=1):
-            for head in cutlass.range(extent.heads, unroll=1):
+            for head in cutlass.range(extent.heads * self.config.packed, unroll=1):
                 for column in cutlass.range(lane, self.kinds.head_dim_v, 32, unroll=1):
                     outputs.out[row, column, head, 0] = self.dtype(0.0)
                 if lane == 0:
@@ -371,21 +433,24 @@ class Sm100Forward:
         config = self.config
         for atom in (maps.q, maps.k, maps.v, maps.out):
             cpasync.prefetch_descriptor(atom)
-        thr_s, thr_o = mma_s.get_slice(0), mma_o.get_slice(0)
+        rank = self._rank()
+        thr_s, thr_o = mma_s.get_slice(rank), mma_o.get_slice(rank)
+        rows = config.ctas * config.tile_m
         at, kv_at, q_laps = rings.items.start(), rings.kv.start(), Int32(0)
         item = self._item(shared, rings, at)
         while item.valid:
             at = rings.items.next(at)
             sequence, work = item.sequence, item.work
-            batch, head_kv = self._batch(work), work.head // self.kinds.group
-            m_q = cute.domain_offset((sequence.offset_q, 0), maps.m_q[None, None, work.head, batch])
+            batch, head_kv = self._batch(work), work.head // (self.kinds.group // config.packed)
+            offset_q = (0, sequence.offset_q) if config.packed > 1 else sequence.offset_q
+            m_q = cute.domain_offset((offset_q, 0), maps.m_q[None, None, work.head, batch])
             m_k = cute.domain_offset((sequence.offset_k, 0), maps.m_k[None, None, head_kv, batch])
             if const_expr(self.ragged_k):
                 m_v = maps.m_v[None, None, head_kv, batch, sequence.offset_k + sequence.seqlen_k]
                 m_v = cute.domain_offset((0, RAGGED_ROWS - sequence.seqlen_k), m_v)
             else:
                 m_v = maps.m_v[None, None, head_kv, batch]
-            g_q = cute.local_tile(m_q, (config.tile_m, config.head_dim), (None, 0))
+            g_q = cute.local_tile(m_q, (rows, config.head_dim), (None, 0))
             g_k = cute.local_tile(m_k, (config.tile_n, config.head_dim), (None, 0))
             g_v = cute.local_tile(m_v, (config.head_dim_v, config.tile_n), (0, None))
             t_sq, t_gq = _boxes(maps.q, shared.q, thr_s.partition_A(g_q), 3)
@@ -408,12 +473,19 @@ class Sm100Forward:
                 self._load(rings.kv, kv_at, maps.v, t_gv[None, tile], t_sv, config.v_bytes)
                 kv_at = rings.kv.next(kv_at)
             item = self._item(shared, rings, at)
+        if const_expr(config.ctas > 1):  # the last MMAs' commits reach both blocks before one leaves
+            for _ in cutlass.range(config.kv_slots, unroll=1):
+                rings.kv.acquire(kv_at)
+                kv_at = rings.kv.next(kv_at)
+            for i in cutlass.range_constexpr(config.q_tiles):
+                rings.q.acquire(slot_of(i, q_laps))
 
     @cute.jit
     def _load(self, ring, at, atom, source, target, size: cutlass.Constexpr[int]):
         ring.acquire(at)
-        with cute.arch.elect_one():
-            ring.expect(at, size)
+        if self._rank() == 0:
+            with cute.arch.elect_one():
+                ring.expect(at, size * self.config.ctas)
         cute.copy(atom, source, target[None, at.index], tma_bar_ptr=ring.full_barrier(at))
 
     # MMA -------------------------------------------------------------------------------------------------------------
@@ -427,11 +499,15 @@ class Sm100Forward:
         """
         config = self.config
         operands = self._operands(mma_s, mma_o, shared)
+        rank = self._rank()
         # Edges of a window shift from one Q tile to the next: the upper one begins later, the lower one ends earlier.
         left, right = self.kinds.window_left, self.kinds.window_right
         at, kv_at, q_laps, s_laps = rings.items.start(), rings.kv.start(), Int32(0), Int32(0)
         item = self._item(shared, rings, at)
         at = rings.items.next(at)
+        while rank > 0 and item.valid:  # block 0 of a pair multiplies for both
+            item = self._item(shared, rings, at)
+            at = rings.items.next(at)
         if item.valid:
             rings.kv.wait(kv_at)
             for i in cutlass.range_constexpr(config.q_tiles):
@@ -514,7 +590,7 @@ class Sm100Forward:
                     rings.q.wait(slot_of(i, q_laps))
                     q_laps = lap_of(i, q_laps)
             mma_s, _ = self._mmas()
-            slot = _opaque(Int32(i))  # else Q's descriptors, two words a step, are computed ahead of the loop, and spill
+            slot = _opaque(Int32(i))  # else Q's descriptors, two words a step, are computed ahead, and spill
             for k in cutlass.range_constexpr(cute.size(operands.q, mode=[2])):
                 mma_s.set(tcgen05.Field.ACCUMULATE, k > 0)
                 a, b = operands.q[None, None, k, slot], operands.k[None, None, k, k_at.index]
@@ -551,21 +627,21 @@ class Sm100Forward:
     # Softmax ---------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def softmax(self, mma_s, shared, rings, values, outputs):
+    def softmax(self, mma_s, shared, rings, values, outputs, sink):
         """A softmax warpgroup, one thread a row of its Q tile. Waits for S.
 
         Signals a tile's factors to the correction warp of the same rows, then the first columns of P, then the rest;
-        after an item's last tile, when correction has read the item before, the row sums and pivots.
+        after an item's last tile, when correction has read the item before, what O is to be multiplied by. Writes LSE.
         """
         config = self.config
         thread, _, _ = cute.arch.thread_idx()
         row = thread % config.tile_m
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         i = warp // roles.SOFTMAX_WARPS
-        t_s = mma_s.make_fragment_C(mma_s.partition_shape_C((config.tile_m, config.tile_n)))[(None, None), 0, 0]
+        t_s = mma_s.make_fragment_C(mma_s.partition_shape_C(self._mma_tiles()[0][:2]))[(None, None), 0, 0]
         t_s = cute.make_tensor(t_s.iterator + i * config.tile_n, t_s.layout)
         state = _SoftmaxState(i, row, warp, TmemRows(t_s, warp % roles.SOFTMAX_WARPS), shared, rings, values)
-        at, s_at, sums_at = rings.items.start(), Cursor(i, Int32(0)), Cursor(i, Int32(0))
+        at, s_at, scales_at = rings.items.start(), Cursor(i, Int32(0)), Cursor(i, Int32(0))
         item = self._item(shared, rings, at)
         while item.valid:
             at = rings.items.next(at)
@@ -574,10 +650,16 @@ class Sm100Forward:
                 span = item.lower
             if span.begin < span.end:
                 pivot, total, skips = -Float32.inf, Float32(0.0), Int32(0)
-                keys = self._visible(state, item, values)
+                position, head = self._place(state, item)
+                window = Window(values.window_left, values.window_right)
+                keys = visible_keys(position, item.sequence.seqlen_q, item.sequence.seqlen_k, window)
+                sink_log2 = None
+                if const_expr(sink is not None):
+                    sink_log2 = Float32(sink[head]) * LOG2_E
                 for n in cutlass.range(span.end - span.full_end, unroll=1):
                     tile = span.end - 1 - n
-                    pivot, total, skips = self._tile(state, s_at, pivot, total, skips, n == 0, keys, tile)
+                    first = n == 0 if const_expr(self.kinds.window_right) else True  # only the end of the keys cuts one
+                    pivot, total, skips = self._tile(state, s_at, pivot, total, skips, first, keys, tile)
                     s_at = Cursor(i, s_at.phase ^ 1)
                 for n in cutlass.range(span.full_end - span.full_begin, unroll=1):
                     first = span.full_end - n == span.end
@@ -589,21 +671,26 @@ class Sm100Forward:
                         first = tile + 1 == span.end
                         pivot, total, skips = self._tile(state, s_at, pivot, total, skips, first, keys, tile)
                         s_at = Cursor(i, s_at.phase ^ 1)
-                rings.sums.acquire(sums_at)
-                shared.sum[row, i] = total
-                shared.pivot[row, i] = pivot
-                rings.sums.publish(sums_at)
-                sums_at = Cursor(i, sums_at.phase ^ 1)
+                scale, lse = finish(pivot, total, sink_log2)
+                rings.scales.acquire(scales_at)
+                shared.scale[row, i] = scale
+                rings.scales.publish(scales_at)
+                scales_at = Cursor(i, scales_at.phase ^ 1)
+                if position < item.sequence.rows_q:
+                    if const_expr(self.kinds.seqused_q):
+                        lse = lse if position < item.sequence.seqlen_q else -Float32.inf
+                    outputs.lse[item.sequence.offset_q + position, head, self._batch(item.work)] = lse
                 if const_expr(self.counted):
-                    self._count(outputs, item, span, i * config.tile_m + row, skips)
+                    self._count(outputs, item, span, position, head, skips)
             item = self._item(shared, rings, at)
 
     @cute.jit
-    def _visible(self, state, item, values):
-        """First visible key of the thread's row, and the key after its last."""
-        row = item.work.tile * self.config.rows + state.i * self.config.tile_m + state.row
-        window = Window(values.window_left, values.window_right)
-        return visible_keys(row, item.sequence.seqlen_q, item.sequence.seqlen_k, window)
+    def _place(self, state, item):
+        """Position in its sequence and query head of the thread's row."""
+        config = self.config
+        row = self._rank() * config.tile_m + state.row
+        position = item.work.tile * config.positions + state.i * config.tile_positions + row // config.packed
+        return position, item.work.head * config.packed + row % config.packed
 
     @cute.jit
     def _tile(self, state, s_at, pivot, total, skips, first, keys, tile):
@@ -651,22 +738,21 @@ class Sm100Forward:
         return pivot, total_of(sums), skips
 
     @cute.jit
-    def _count(self, outputs, item, span, row, skips):
+    def _count(self, outputs, item, span, position, head, skips):
         """For tests: key tiles visited and rescales skipped of the thread's row."""
-        at = item.work.tile * self.config.rows + row
-        if at < item.sequence.rows_q:
-            at = at + item.sequence.offset_q
+        if position < item.sequence.rows_q:
+            at = position + item.sequence.offset_q
             if const_expr(self.kinds.varlen):
-                outputs.counts[item.work.head, at, 0] = span.end - span.begin
-                outputs.counts[item.work.head, at, 1] = skips
+                outputs.counts[head, at, 0] = span.end - span.begin
+                outputs.counts[head, at, 1] = skips
             else:
-                outputs.counts[item.work.batch, item.work.head, at, 0] = span.end - span.begin
-                outputs.counts[item.work.batch, item.work.head, at, 1] = skips
+                outputs.counts[item.work.batch, head, at, 0] = span.end - span.begin
+                outputs.counts[item.work.batch, head, at, 1] = skips
 
     # Correction ------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def correct(self, mma_o, shared, rings, outputs, sink):
+    def correct(self, mma_o, shared, rings):
         """The correction warpgroup, one thread a row of both Q tiles. Waits for a tile's factors, but the first's.
 
         Lets go of `s` when O may be accumulated on: at once for an item's first tile; for the others after the vote,
@@ -676,7 +762,7 @@ class Sm100Forward:
         thread, _, _ = cute.arch.thread_idx()
         row = thread % config.tile_m
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % roles.CORRECTION_WARPS
-        t_o = mma_o.make_fragment_C(mma_o.partition_shape_C((config.tile_m, config.head_dim_v)))[(None, None), 0, 0]
+        t_o = mma_o.make_fragment_C(mma_o.partition_shape_C(self._mma_tiles()[1][:2]))[(None, None), 0, 0]
         t_o = [cute.make_tensor(t_o.iterator + column, t_o.layout) for column in config.o_columns]
         tmem = [TmemRows(tile, warp) for tile in t_o]
         for i in cutlass.range_constexpr(config.q_tiles):
@@ -697,7 +783,7 @@ class Sm100Forward:
                         rings.s.release(Cursor(Int32(i), Int32(0)))
             for i in cutlass.range_constexpr(config.q_tiles):
                 if item.span(i).begin < item.span(i).end:
-                    self._finish(tmem[i], i, row, shared, rings, outputs, sink, item, slot_of(i, laps))
+                    self._finish(tmem[i], i, row, shared, rings, item, slot_of(i, laps))
                     laps = lap_of(i, laps)
             item = self._item(shared, rings, at)
         cute.arch.barrier_arrive(barrier_id=TMEM_BARRIER, number_of_threads=config.correction_threads + roles.WARP)
@@ -713,28 +799,21 @@ class Sm100Forward:
         cute.arch.fence_view_async_tmem_store()
 
     @cute.jit
-    def _finish(self, tmem, i: cutlass.Constexpr[int], row, shared, rings, outputs, sink, item, slot):
-        """Normalises O of Q tile i on its way to shared memory, and writes the LSE.
+    def _finish(self, tmem, i: cutlass.Constexpr[int], row, shared, rings, item, slot):
+        """Normalises O of Q tile i on its way to shared memory.
 
-        Waits for the row sums, for the last O and for the last output to have left; lets go of them and of O.
+        Waits for the rows' scales, for the last O and for the last output to have left; lets go of them and of O.
         """
         config, width = self.config, 32
-        rings.sums.wait(slot)
-        total, pivot = shared.sum[row, i], shared.pivot[row, i]
-        rings.sums.release(slot)
-        sink_log2 = None
-        if const_expr(sink is not None):
-            sink_log2 = Float32(sink[item.work.head]) * LOG2_E
-        scale, lse = finish(pivot, total, sink_log2)
-        at = item.work.tile * config.rows + i * config.tile_m + row
-        within = at < item.sequence.seqlen_q
-        if at < item.sequence.rows_q:
-            if const_expr(self.kinds.seqused_q):
-                lse = lse if within else -Float32.inf
-            outputs.lse[item.sequence.offset_q + at, item.work.head, self._batch(item.work)] = lse
+        rings.scales.wait(slot)
+        scale = shared.scale[row, i]
+        rings.scales.release(slot)
+        if const_expr(self.kinds.seqused_q):
+            row_of_item = (i * config.ctas + self._rank()) * config.tile_m + row
+            within = item.work.tile * config.positions + row_of_item // config.packed < item.sequence.seqlen_q
         rings.o.wait(slot)
         rings.out.acquire(slot)
-        s_row = shared.out[_opaque(row), None, i]  # else its 2 x 16 addresses are computed ahead of all items, and spill
+        s_row = shared.out[_opaque(row), None, i]  # else its 2 x 16 addresses are computed ahead, and spill
         for c in cutlass.range_constexpr(0, config.head_dim_v, width):
             r_o = tmem.load(c, width)
             r_out = cute.make_rmem_tensor(width, self.dtype)
@@ -764,15 +843,17 @@ class Sm100Forward:
             sequence, work = item.sequence, item.work
             if const_expr(self.kinds.varlen):
                 m_o = maps.m_out[None, None, work.head, 0, sequence.offset_q + sequence.rows_q]
-                m_o = cute.domain_offset((RAGGED_ROWS - sequence.rows_q, 0), m_o)
+                rows = RAGGED_ROWS - sequence.rows_q
+                m_o = cute.domain_offset(((0, rows) if config.packed > 1 else rows, 0), m_o)
             else:
                 m_o = maps.m_out[None, None, work.head, work.batch]
-            g_o = cute.local_tile(m_o, (config.tile_m, config.head_dim_v), (None, 0))
+            g_o = cute.local_tile(m_o, self._store_tile(), (None, 0))
             t_so, t_go = _boxes(maps.out, shared.out, g_o, 2)
             for i in cutlass.range_constexpr(config.q_tiles):
                 if item.span(i).begin < item.span(i).end:
                     rings.out.wait(slot_of(i, laps))
-                    cute.copy(maps.out, t_so[None, i], t_go[None, config.q_tiles * work.tile + i])
+                    tile = (config.q_tiles * work.tile + i) * config.ctas + self._rank()
+                    cute.copy(maps.out, t_so[None, i], t_go[None, tile])
                 cute.arch.cp_async_bulk_commit_group()
             for i in cutlass.range_constexpr(config.q_tiles):
                 cute.arch.cp_async_bulk_wait_group(config.q_tiles - 1 - i, read=True)
@@ -813,19 +894,20 @@ class _Rings(NamedTuple):
     s: MmaRing
     p_rest: Signal
     o: Signal
-    sums: Ring
+    scales: Ring
     out: Ring
     factor: Signal
+    control: Ring
     kv: MmaRing
 
 
 class _Shared(NamedTuple):
-    """Shared memory; slots or Q tiles are the last mode."""
+    """Shared memory; slots or Q tiles are the last mode. answer: 16 bytes that launch control writes."""
 
+    answer: cute.Pointer
     items: cute.Tensor
     factor: cute.Tensor
-    sum: cute.Tensor
-    pivot: cute.Tensor
+    scale: cute.Tensor
     q: cute.Tensor
     k: cute.Tensor
     v: cute.Tensor
@@ -886,6 +968,17 @@ def _ragged(tensor: cute.Tensor) -> cute.Tensor:
     layout = cute.make_layout((RAGGED_ROWS, *shape[1:], RAGGED_ROWS), stride=(*stride, stride[0]))
     moved = cute.domain_offset((-RAGGED_ROWS, 0, 0, 0), tensor)
     return cute.make_tensor(moved.iterator, layout)
+
+
+def _packed(tensor: cute.Tensor, packed: int) -> cute.Tensor:
+    """A (S, D, H, ...) tensor as ((packed, S), D, H / packed, ...): a row for each head of a group at a position."""
+    if packed == 1:
+        return tensor
+    (seqlen, dim, heads, *others), (row, column, head, *apart) = tensor.layout.shape, tensor.layout.stride
+    shape = ((packed, seqlen), dim, heads // packed, *others)
+    return cute.make_tensor(
+        tensor.iterator, cute.make_layout(shape, stride=((head, row), column, head * packed, *apart))
+    )
 
 
 def _slots_apart(layout, slots: int, apart: int):

@@ -22,9 +22,9 @@ needs_dsl = pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reas
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, for nvdisasm")
 
 
-def kinds(head_dim, head_dim_v=None, dtype=torch.bfloat16, **options):
-    q, v = (torch.empty(1, 4, 2, dim, dtype=dtype) for dim in (head_dim, head_dim_v or head_dim))
-    return make_problem(Inputs(q, q, v), **options).kinds
+def kinds(head_dim, head_dim_v=None, dtype=torch.bfloat16, group=1, **options):
+    k, v = (torch.empty(1, 4, 2, dim, dtype=dtype) for dim in (head_dim, head_dim_v or head_dim))
+    return make_problem(Inputs(torch.cat([k] * group, 2), k, v), **options).kinds
 
 
 @pytest.mark.parametrize("head_dims", sm100_config.HEAD_DIMS)
@@ -35,6 +35,7 @@ def test_budgets_add_up(head_dims):
     widths = {**dict.fromkeys(config.s_columns, 128), **dict.fromkeys(config.o_columns, config.head_dim_v)}
     assert all(a + widths[a] <= b for a, b in zip(columns, [*columns[1:], 512]))
     assert all(s < s + config.p_offset < s + 128 for s in config.s_columns)
+    assert config.kv_slots >= (3 if config.head_dim <= 128 else 2)  # with two the tensor cores wait for V
     registers = 8 * config.registers_softmax + 4 * config.registers_correction + 4 * config.registers_other
     assert 32 * registers <= 65536
 
@@ -48,6 +49,10 @@ def test_budgets_add_up(head_dims):
         ({"p_first": 48}, "p_first"),
         ({"tile_n": 192}, "tensor memory: 640 of 512"),
         ({"head_dim": 100}, "head dims 100, 128"),
+        ({"packed": 3}, "packed: got 3 heads, a Q tile has 128 rows"),
+        ({"ctas": 3}, "ctas: got 3"),
+        ({"ctas": 2, "launch_control": True}, "ctas: got 2"),
+        ({"ctas": 2, "head_dim": 192}, "ctas: got 2"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(change, why):
@@ -67,6 +72,22 @@ def test_other_head_dims_take_the_first_kernel_that_holds_them():
     assert padded(136, 128) == padded(192, 64) == (192, 128)
     assert padded(64, 128) == (128, 128)
     assert padded(200, 64) is None
+
+
+@pytest.mark.parametrize(("group", "packed"), [(1, 1), (2, 2), (3, 1), (8, 8), (12, 1), (128, 128), (256, 1)])
+def test_heads_of_a_group_share_a_tile_where_they_fill_it(group, packed):
+    config = config_for(kinds(64, group=group), (10, 0))
+    assert config.packed == packed
+    assert config.positions == 256 // packed
+
+
+def test_pairs_of_ctas_multiply_where_work_items_are_alike_and_head_dim_is_128():
+    assert config_for(kinds(128), (10, 0)).ctas == config_for(kinds(100, group=4), (10, 3)).ctas == 2
+    assert config_for(kinds(128, window_right=0), (10, 0)).ctas == config_for(kinds(64), (10, 0)).ctas == 1
+    single, pair = config_for(kinds(128, window_right=0), (10, 0)), config_for(kinds(128), (10, 0))
+    assert pair.positions == 2 * single.positions
+    assert pair.k_bytes == single.k_bytes // 2
+    assert pair.kv_slots == 2 * single.kv_slots
 
 
 def test_nothing_is_emulated_where_the_special_function_rate_is_doubled():
@@ -132,6 +153,7 @@ def disassembled(kept, *command):
 CODE = {
     "full-128": (kinds(128), None),
     "causal-64": (kinds(64, window_right=0), None),
+    "causal-gqa-128": (kinds(128, group=8, window_right=0), None),
     "window-softcap-192": (kinds(192, 128, window_left=5, window_right=5, softcap=2.0), None),
 }
 

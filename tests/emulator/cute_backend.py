@@ -133,6 +133,7 @@ def emulated_cute(
     places: dict[tuple[Any, str], Any] = {
         (fa4_cute, "_unavailable"): lambda device: None,
         (kernels, "architecture"): lambda device: arch,
+        (kernels, "config"): (lambda kinds, arch: config) if config else kernels.config,
         (launch, "_kernel"): compiled,
         (launch, "_prepared"): launch._prepared.__wrapped__,
         (launch, "_counter"): counter,

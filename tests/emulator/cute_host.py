@@ -76,7 +76,7 @@ class HostFunction:
                 for i, name in enumerate(names.split(", ")):
                     self.definitions[name] = (i, body)
         self.launch = next(line for line in lines if "cuda.launch_ex" in line)
-        self.config = next(line for line in lines if "cuda.launch_cfg.create" in line)
+        self.config = "\n".join(line for line in lines if re.search(r"cuda\.launch_cfg\.(create|cluster_dim)", line))
         self.operands = {operand.name: operand for operand in read_operands(ir, kernel)}
 
     def call(self, program: Program, arguments: Sequence[Any], *, seed: int = 0, **machine) -> Result:
@@ -92,12 +92,13 @@ class HostFunction:
         for name in names:
             if name in self.operands:
                 self._pack(setup, self.operands[name], self._value(name, values))
-        grid, block, cluster = (self._dimensions(word, values) for word in ("gridDim", "blockDim", "clusterDim"))
+        grid, block = (self._dimensions(rf"{word} = \(([^)]*)\)", values) for word in ("gridDim", "blockDim"))
+        cluster = self._dimensions(r"cluster_dim\[.*?\] \(([^)]*)\)", values)
         shared = machine.pop("dynamic_shared")
         return setup.run(grid, block, cluster=cluster, dynamic_shared=shared, seed=seed, **machine)
 
-    def _dimensions(self, word: str, values: dict[str, Any]) -> tuple[int, int, int]:
-        match = re.search(rf"{word} = \(([^)]*)\)", self.config)
+    def _dimensions(self, pattern: str, values: dict[str, Any]) -> tuple[int, int, int]:
+        match = re.search(pattern, self.config)
         if match is None:
             return (1, 1, 1)
         x, y, z = (self._value(name, values) for name in match[1].split(", "))
@@ -183,10 +184,9 @@ class HostFunction:
             raise EmulatorError(f"launch operand {operand.name} of kind {operand.kind} is not packed here")
 
     def _tensor_map(self, setup: Launch, operand: Operand, view: View) -> TensorMap:
-        basis = re.search(r'tma_gbasis = <"[^:]*:([^"]*)">', operand.type)[1]  # type: ignore[index]
-        paths = re.findall(r"\d+((?:@\d+)+)", basis)
-        flat = all(path.count("@") == 1 for path in paths)
-        modes = [int(path[1:]) for path in paths] if flat else operand.modes
+        # The coordinates made with the map say of each mode which of its dimensions that is; extents of 1 are none.
+        bases = re.findall(r"\d+(?:@\d+)*", _quoted(self.definitions[operand.name][1]).split(":")[1])
+        modes = sorted((i for i, basis in enumerate(bases) if "@" in basis), key=lambda i: int(bases[i].split("@")[1]))
         dims = tuple(view.layout.shape[mode] for mode in modes)
         size = view.pointer.array.element_size()
         strides = tuple(view.layout.stride[mode] * size for mode in modes)

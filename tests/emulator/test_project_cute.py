@@ -37,15 +37,26 @@ ARCH = "sm_100a"
 bf16, fp16 = torch.bfloat16, torch.float16
 
 FEATURES = {
-    "full-128": {"dtype": bf16, "head_dim": 128},
+    "full-gqa-128": {"dtype": bf16, "head_dim": 128, "heads_q": 4, "heads_kv": 2, "sink": "normal"},
+    "full-120": {"dtype": fp16, "head_dim": 120},
     "causal-gqa-128": {"dtype": bf16, "head_dim": 128, "causal": True, "heads_q": 4, "heads_kv": 2},
+    "causal-groups-of-3": {"dtype": bf16, "head_dim": 64, "causal": True, "heads_q": 3},
+    "varlen-window-used-gqa-64": {
+        "dtype": bf16,
+        "head_dim": 64,
+        "varlen": True,
+        "window": (50, 20),
+        "used": True,
+        "heads_q": 8,
+        "sink": "normal",
+    },
     "window-softcap-sink-64": {"dtype": bf16, "head_dim": 64, "window": (70, 9), "softcap": 5.0, "sink": "normal"},
     "varlen-causal-64": {"dtype": bf16, "head_dim": 64, "varlen": True, "causal": True},
     "varlen-used-left-96": {"dtype": fp16, "head_dim": 96, "varlen": True, "window": (40, None), "used": True},
     "used-72": {"dtype": fp16, "head_dim": 72, "used": True},
     "causal-192": {"dtype": bf16, "head_dim": 192, "head_dim_v": 128, "causal": True},
 }
-"""One compilation each; what a case adds is drawn."""
+"""One compilation each; what a case adds is drawn. The full ones share their MMAs between two CTAs."""
 
 # No shrinking: an example takes up to a second, and its seed replays it.
 _phases = (Phase.explicit, Phase.generate)
@@ -60,7 +71,8 @@ def cases_of(draw, name):
     """A case of a feature: lengths around the 256-row and 128-key tiles, magnitudes, threshold, seed."""
     fixed = {"head_dim_v": FEATURES[name]["head_dim"], **FEATURES[name]}
     packed, used = fixed.get("varlen", False), fixed.pop("used", False)
-    length = st.sampled_from((0, 1, 2, 127, 128, 129, 255, 256, 257, 300)) | st.integers(1, 400)
+    edges = (0, 1, 2, 127, 128, 129, 255, 256, 257, 300, *((511, 512, 513, 700) if name.startswith("full") else ()))
+    length = st.sampled_from(edges) | st.integers(1, 400)
     pairs = draw(st.lists(st.tuples(length, length), min_size=1, max_size=3 if packed else 1))
     if not packed:
         pairs = pairs * draw(st.integers(1, 2))
@@ -87,6 +99,25 @@ def test_forward_is_within_its_budget(name, data, seed, programs):
     with emulated_cute(ARCH, seed=seed, programs=programs):
         report = check_forward(attention, call.q, call.k, call.v, **call.options)
     assert report.passed, f"schedule {seed}, {programs} blocks: {case!r}\n{report}"
+
+
+@pytest.mark.parametrize("name", ["causal-groups-of-3", "varlen-causal-64"])
+@settings(max_examples=5, phases=_phases)
+@given(data=st.data(), seed=st.integers(0, 63), resident=st.integers(1, 3))
+def test_blocks_that_take_over_the_work_of_others_do_all_of_it(name, data, seed, resident):
+    """Cluster launch control: a block for each item, of which a few start and cancel the rest."""
+    case = data.draw(cases_of(name))
+    call = case.build("cpu")
+    with emulated_cute(ARCH, config=taking_over(), seed=seed, programs=1, resident=resident):
+        report = check_forward(attention, call.q, call.k, call.v, **call.options)
+    assert report.passed, f"schedule {seed}, {resident} at a time: {case!r}\n{report}"
+
+
+def taking_over():
+    """A configuration with cluster launch control."""
+    from fa4_cute.sm100_config import Exp2Share, Sm100Config
+
+    return Sm100Config(64, 64, Exp2Share(period=16), launch_control=True)
 
 
 @pytest.mark.parametrize("name", ["causal-gqa-128", "varlen-causal-64"])
@@ -215,7 +246,8 @@ def test_hidden_tiles_are_never_visited():
 
 
 COVERING = {
-    "causal-gqa-128": ({"lengths": ((900, 500),)}, {"lengths": ((257, 1000),)}),
+    "full-gqa-128": ({"lengths": ((900, 500),)}, {"lengths": ((300, 200),)}),
+    "causal-gqa-128": ({"lengths": ((900, 500),)}, {"lengths": ((384, 1184),)}),
     "window-softcap-sink-64": (
         {"lengths": ((700, 500),), "window": (200, 130)},
         {"lengths": ((600, 640),), "window": (40, 300)},
