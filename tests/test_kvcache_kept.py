@@ -215,10 +215,11 @@ def test_nothing_that_is_kept_comes_from_a_pool_that_this_thread_allocates_from(
     assert torch.equal(out, attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=600))
 
 
-def compiled_steps():
-    """Steps under mode="reduce-overhead", the very first calls of a process, are eager ones, and end up in CUDA graphs.
+def compiled_steps(scales):
+    """Steps under mode="reduce-overhead", the very first calls of a process, are eager ones.
 
-    In between another compiled function, whose graph has the same pool, fills what memory it gets there.
+    In between another compiled function, whose graph has the same pool, fills what memory it gets there. scales: the
+    softmax_scale of each step; where it never changes, the steps end up in one CUDA graph.
     """
     q, k_cache, v_cache, new, seqlens, _ = step_inputs("cuda")
     fresh = k_cache.clone(), v_cache.clone()
@@ -228,37 +229,41 @@ def compiled_steps():
     real = decode_launch._launch
     decode_launch._launch = lambda *args: launches.append(args) or real(*args)
 
-    def step(q, k_cache, v_cache, new, seqlens):
-        return 2 * attention_with_kvcache(q, k_cache, v_cache, new, new, cache_seqlens=seqlens, causal=True)
+    def step(q, k_cache, v_cache, new, seqlens, scale):
+        return 2 * attention_with_kvcache(
+            q, k_cache, v_cache, new, new, cache_seqlens=seqlens, causal=True, softmax_scale=scale
+        )
 
     compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
     fill = torch.compile(lambda x: [x[:, None] + x + i for i in range(4)], mode="reduce-overhead", fullgraph=True)
     numbers = torch.ones(512, device="cuda")  # four results of 1 MiB, as large as what is kept
     lengths = (3, 500, 638, 17, 300, 9, 620, 45)
     got, counts = [], []
-    for n in lengths:
+    for n, scale in zip(lengths, scales):
         seqlens.fill_(n)
         torch.compiler.cudagraph_mark_step_begin()
-        got.append(compiled(q, k_cache, v_cache, new, seqlens).clone())
+        got.append(compiled(q, k_cache, v_cache, new, seqlens, scale).clone())
         assert all(filled.eq(2 + i).all() for i, filled in enumerate(fill(numbers)))
         counts.append(len(launches))
-    assert counts[-1] == counts[3] > 0, f"no CUDA graph was replayed: {counts} launches"
+    if len(set(scales)) == 1:
+        assert counts[-1] == counts[3] > 0, f"no CUDA graph was replayed: {counts} launches"
     kept = all_that_is_kept()
     assert kept
     assert all(pool_of(t) == (0, 0) for t in kept)
-    for n, out in zip(lengths, got):
+    for n, scale, out in zip(lengths, scales, got):
         seqlens.fill_(n)
-        assert torch.equal(step(q, *fresh, new, seqlens), out), n
+        assert torch.equal(step(q, *fresh, new, seqlens, scale), out), (n, scale)
     assert torch.equal(fresh[0], k_cache)
 
 
 @pytest.mark.gpu
 @needs_gpu
-def test_steps_compiled_to_cuda_graphs_are_right_from_the_first_call():
+@pytest.mark.parametrize("scales", ["[None] * 8", "[0.3, 0.3, 0.3, 0.3, 0.1, 0.1, 0.5, 0.3]"])
+def test_steps_compiled_to_cuda_graphs_are_right_from_the_first_call(scales):
     """In a process of its own: nothing is kept yet, and a capture that fails would leave this one's generator in it."""
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    code = "import test_kvcache_kept; test_kvcache_kept.compiled_steps()"
+    code = f"import test_kvcache_kept; test_kvcache_kept.compiled_steps({scales})"
     result = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path},

@@ -29,14 +29,14 @@ def test_a_length_that_grows_with_every_step_prepares_nothing_anew(target):
     assert prepared[0] == prepared[1] == prepared[2]
 
 
-def test_compile_keeps_the_call_in_one_graph_and_mutates_the_cache():
-    device = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-    q, k_cache, v_cache, new, seqlens, _ = step_inputs(device, dtype=torch.float32)
+def test_compile_keeps_the_call_in_one_graph_and_mutates_the_cache(target):
+    q, k_cache, v_cache, new, seqlens, _ = step_inputs(target.device, dtype=target.widest)
 
     def step(q, k_cache, v_cache, seqlens, window):
         out = attention_with_kvcache(
-            q * 2, k_cache, v_cache, new, new, cache_seqlens=seqlens, window=(window, None), softmax_scale=0.3
-        )
+            q * 2, k_cache, v_cache, new, new, cache_seqlens=seqlens, window=(window, None), softmax_scale=0.3,
+            backend=target.backend,
+        )  # fmt: skip
         return out + 1, k_cache.sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -118,6 +118,37 @@ def test_the_capacity_costs_neither_programs_nor_much_memory(monkeypatch):
     attention_with_kvcache(q, cache, cache, cache_seqlens=100)
     assert torch.cuda.max_memory_allocated() - before < 8 * 2**20
     assert max(grids) <= 4 * torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def test_neither_capacity_nor_group_changes_how_the_work_is_laid_out(monkeypatch):
+    """Programs lay it out from the lengths, and share out KV heads: query heads of one lie in one tile."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from triton.backends.compiler import GPUTarget
+
+    import fa4_triton
+    from fa4_triton import decode_launch
+
+    launched = []
+
+    def launch(plan, device, grid, arguments, layout):
+        parts, arrivals, *_ = arguments(False)[8]
+        launched.append((plan.kernel.__name__, plan.tile.rows, grid, parts.numel(), arrivals.numel()))
+
+    monkeypatch.setattr(fa4_triton, "_unavailable", lambda device: None)
+    monkeypatch.setattr(decode_launch.host, "target_of", lambda device: GPUTarget("cuda", 90, 32))
+    monkeypatch.setattr(decode_launch, "_launch", launch)
+    decode_launch._call_of.cache_clear()
+    for capacity, group in ((4096, 4), (2**20, 4), (4096, 16)):
+        q = torch.zeros(3, 1, 2 * group, 64, dtype=torch.bfloat16)
+        cache = torch.zeros(3, 1, 2, 64, dtype=torch.bfloat16).expand(-1, capacity, -1, -1)
+        attention_with_kvcache(q, cache, cache, cache_seqlens=100, backend="triton")
+    decode_launch._call_of.cache_clear()
+    few, roomy, grouped = launched
+    assert few == roomy
+    assert few[0] == grouped[0] == "attention_decode"
+    assert few[1] == grouped[1] == 16
+    assert few[2] == grouped[2]
+    assert few[4] == grouped[4] == 2 * 3 * 2  # two counters for each sequence and KV head
 
 
 @pytest.mark.gpu
