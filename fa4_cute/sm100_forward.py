@@ -263,10 +263,10 @@ class Sm100Forward:
             if warp == roles.MMA_WARP:
                 pair = config.ctas == 2
                 cute.arch.alloc_tmem(roles.TMEM_COLUMNS, tmem_address, is_two_cta=pair)
-                self.multiply(mma_s, mma_o, shared, rings)
+                address = cute.arch.retrieve_tmem_ptr(Float32, 16, tmem_address)
+                self.multiply(mma_s, mma_o, shared, rings, address)
                 cute.arch.relinquish_tmem_alloc_permit(is_two_cta=pair)
                 cute.arch.barrier(barrier_id=TMEM_BARRIER, number_of_threads=config.correction_threads + roles.WARP)
-                address = cute.arch.retrieve_tmem_ptr(Float32, 16, tmem_address)
                 cute.arch.dealloc_tmem(address, roles.TMEM_COLUMNS, is_two_cta=pair)
             elif warp == roles.STORE_WARP:
                 self.store(maps, shared, rings)
@@ -491,14 +491,14 @@ class Sm100Forward:
     # MMA -------------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def multiply(self, mma_s, mma_o, shared, rings):
+    def multiply(self, mma_s, mma_o, shared, rings, tmem):
         """The MMA warp. Waits for Q, K and V, and for P with O rescaled; commits complete `s`, `o` and the empty slots.
 
         In turns over the Q tiles, O += P V of key tile n, then S of key tile n - 1, which may overwrite that P: MMAs of
         one thread run in order. At an item's end S of the next item takes the place of S of tile n - 1.
         """
         config = self.config
-        operands = self._operands(mma_s, mma_o, shared)
+        operands = self._operands(mma_s, mma_o, shared, tmem)
         rank = self._rank()
         # Edges of a window shift from one Q tile to the next: the upper one begins later, the lower one ends earlier.
         left, right = self.kinds.window_left, self.kinds.window_right
@@ -554,10 +554,10 @@ class Sm100Forward:
                 rings.kv.release_by_mma(k_at.index)
                 kv_at = rings.kv.next(k_at)
 
-    def _operands(self, mma_s, mma_o, shared):
+    def _operands(self, mma_s, mma_o, shared, tmem):
         """Descriptors of shared memory and addresses of tensor memory, as the MMAs take them.
 
-        Tensor memory starts at column 0: the block allocates all of it.
+        tmem: where tensor memory starts. It is column 0, but as a constant it would take two instructions an operand.
         """
         config = self.config
         tile_s, tile_o = self._mma_tiles()
@@ -565,15 +565,16 @@ class Sm100Forward:
         o = mma_o.make_fragment_C(mma_o.partition_shape_C(tile_o[:2]))
         layout_p = blackwell.make_smem_layout_a(mma_o, tile_o, self.dtype, 1)
         p = mma_o.make_fragment_A(cute.make_tensor(s.iterator, layout_p.outer))[None, None, None, 0]
-        words = Float32.width // self.dtype.width
-        p_columns = [(column + config.p_offset) * words for column in config.s_columns]
         return _Operands(
             mma_s.make_fragment_A(shared.q),
             mma_s.make_fragment_B(shared.k),
             mma_o.make_fragment_B(shared.v),
-            [cute.make_tensor(s.iterator + column, s.layout) for column in config.s_columns],
-            [cute.make_tensor(p.iterator + column, p.layout) for column in p_columns],
-            [cute.make_tensor(o.iterator + column, o.layout) for column in config.o_columns],
+            [cute.make_tensor(tmem + column, s.layout) for column in config.s_columns],
+            [
+                cute.make_tensor(cute.recast_ptr(tmem + column + config.p_offset, dtype=self.dtype), p.layout)
+                for column in config.s_columns
+            ],
+            [cute.make_tensor(tmem + column, o.layout) for column in config.o_columns],
         )
 
     @cute.jit

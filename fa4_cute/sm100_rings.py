@@ -58,6 +58,12 @@ class MmaRing(Ring):
 
     ctas: cutlass.Constexpr[int] = 1
 
+    def next(self, cursor: Cursor) -> Cursor:
+        """As `Ring.next`, without a division: the MMA warp has little time between its MMAs."""
+        index = cursor.index + 1
+        same_lap = Int32(index != self.slots)
+        return Cursor(index * same_lap, cursor.phase ^ same_lap ^ 1)
+
     def publish_by_mma(self, index: int | Int32) -> None:
         """Producer: the slot holds what the MMAs issued so far leave there."""
         _commit(self.barriers + index, self.ctas)

@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("triton", reason="needs the package triton")
 dispatch = pytest.importorskip("dispatch", reason="run from the repository's root")
 
+from fa4_core import kvcache, problem  # noqa: E402
 from fa4_core.checks import compare, expected  # noqa: E402
 
 from .launcher import TRITON_TOLERATES, launch_triton  # noqa: E402
@@ -148,3 +149,59 @@ def test_a_packed_prompt_on_pages(capability):
             cut = (value[b, :n], budget[b, :n]) if name == "out" else (value[b, :, :n], budget[b, :, :n])
             found = compare(name, got, want[name]._replace(value=cut[0], budget=cut[1]))
             assert found.passed, found.message
+
+
+WILD = (2**31 - 1, -(2**31), -1, 99, 0, 2**30)
+
+
+def wild(seed, *shape):
+    """Numbers that no length and no index should be."""
+    at = torch.randint(0, len(WILD), shape, generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(WILD, dtype=INT32)[at]
+
+
+@pytest.fixture
+def unread_contents(monkeypatch):
+    """Index tensors that nobody checks, as on a GPU."""
+    for module in (kvcache, problem):
+        monkeypatch.setattr(module, "contents_are_checked", lambda device: False)
+
+
+@pytest.mark.parametrize("where", ["rows", "leftpad", "pages"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_no_wild_length_or_index_leads_a_step_out_of_its_tensors(capability, where, unread_contents):
+    """What memcheck would say of the compiled kernels: here no memory exists but that of the arguments."""
+    batch, new = 5, 2
+    angles = torch.rand(7, 16)
+    for seed in range(2):
+        q, k, v = draw(batch, new, 4, 64, seed=0), draw(batch, new, 2, 64, seed=1), draw(batch, new, 2, 64, seed=2)
+        k_cache, v_cache = draw(3, 16, 2, 64, seed=3), draw(3, 16, 2, 64, seed=4)
+        options = {"cache_seqlens": wild(seed, batch)}
+        if where == "pages":
+            options["page_table"] = wild(seed + 10, batch, 3)
+        else:
+            options["cache_batch_idx"] = wild(seed + 10, batch)
+        if where == "leftpad":
+            options["cache_leftpad"] = wild(seed + 20, batch)
+        with emulated_cache(capability, seed=seed) as ran:
+            out, lse = dispatch.attention_with_kvcache(
+                q, k_cache, v_cache, k, v, rotary_cos=angles.cos(), rotary_sin=angles.sin(), causal=True,
+                return_lse=True, backend="triton", **options,
+            )  # fmt: skip
+        assert ran == ["append_rows", "attention_decode"]
+        assert out.isfinite().all()
+        assert not lse.isnan().any()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_no_wild_length_or_index_leads_a_prompt_out_of_its_tensors(capability, unread_contents):
+    k, v = draw(4, 16, 1, 64, seed=7), draw(4, 16, 1, 64, seed=8)
+    for seed in range(2):
+        options = {"seqused_k": wild(seed, 3), "page_table": wild(seed + 10, 3, 2), "causal": True}
+        for layout in ({}, {"cu_seqlens_q": torch.cat([wild(seed + 20, 3), torch.tensor([50], dtype=INT32)])}):
+            q = draw(*((70,) if layout else (3, 50)), 2, 64, seed=6)
+            with emulated_cache(capability, seed=seed) as ran:
+                out, lse = dispatch.attention(q, k, v, backend="triton", return_lse=True, **layout, **options)
+            assert ran == ["attention_prefill"]
+            assert out.isfinite().all()
+            assert not lse.isnan().any()
