@@ -1,7 +1,8 @@
 """Attention forward for SM100 (Blackwell): warp-specialised, persistent, exact.
 
 A work item is two Q tiles of 128 rows of one head; K and V pass by in tiles of 128 keys, from the right to the left.
-Each Q tile visits only the key tiles that one of its own rows sees.
+Each Q tile visits only the key tiles that one of its own rows sees. Where the heads of a group fill a tile, its rows
+are those of all of them at the same positions, so that they share K and V.
 
 Roles (warps; what they wait for and what they signal is in their docstrings):
 
@@ -18,12 +19,14 @@ Rings, with the arrivals that complete a slot's full and its empty barrier:
     items   1 slot         scheduler 1 thread       15 warps
     q       a Q tile       TMA bytes                MMA commit (store, where O is staged in Q's place)
     kv      a K or V tile  TMA bytes                MMA commit
-    s       a Q tile       MMA commit               128 softmax threads (P begun) + 128 correction threads (O ready)
+    s       a Q tile       MMA commit               128 softmax threads (P begun) + 128 correction threads (O ready);
+                                                    of a pair, the 8 + 8 warps, and the 8 for p_rest
     p_rest  a Q tile       128 softmax threads      (s: the MMAs that read P precede the next S)
     factor  a softmax warp 1 thread                 (s: correction lets go when it has read the factors)
     o       a Q tile       MMA commit               (s: correction lets go when it has read O)
     scales  a Q tile       128 softmax threads      128 correction threads
     out     a Q tile       128 correction threads   store 1 thread
+    control 1 slot         launch control's answer  (the scheduler itself)
 
 Steady state, i and j being the Q tiles, n a key tile:
 
@@ -31,6 +34,10 @@ Steady state, i and j being the Q tiles, n a key tile:
     softmax i   | ... P(n), rest |  wait  | max of S(n-1)  factor -> exp2, P(n-1) first columns -> rest | ...
     softmax j   |   max of S(n)  factor ->  exp2, P(n) first columns -> rest |  wait  | max of S(n-1) ...
     correction  |     factor j(n): rescale Oj?  ->             | factor i(n-1): rescale Oi?  ->            | ...
+
+A pair of blocks (`config.ctas` 2) works on items of twice the rows. Each block has its half of the rows of both Q tiles
+and all the roles, and loads half of each K and V tile; block 0's MMA warp multiplies for both, reading both halves. So
+TMA in either block and the warps that hand over P and O report to block 0's barriers, and commits complete both's.
 
 At an item's end the next item's first S is issued behind each last O, before the other Q tile's last P is waited for.
 
@@ -43,12 +50,10 @@ cp.async.bulk.tensor. No Blackwell GPU was at hand: this file was executed in th
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.blackwell_helpers as blackwell
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
 from fa4_core.problem import Kinds
@@ -58,6 +63,7 @@ from fa4_cute.pipelines import Cursor, Ring
 from fa4_cute.ranges import Span, Window, key_span, visible_keys
 from fa4_cute.schedule import Extent, Lengths, Schedule, Sequence, WorkItem, draw, retire, sequence_of, start, take
 from fa4_cute.sm100_config import FRAGMENT, ITEM_WORDS, Exp2Share, Sm100Config, config_for
+from fa4_cute.sm100_parts import Item, Maps, Operands, Outputs, Rings, Shared, SoftmaxState
 from fa4_cute.sm100_rings import MmaRing, Signal, lap_of, slot_of
 from fa4_cute.sm100_rows import (
     add_up,
@@ -71,6 +77,7 @@ from fa4_cute.sm100_rows import (
     total_of,
 )
 from fa4_cute.sm100_tmem import TmemRows
+from fa4_cute.sm100_views import RAGGED_ROWS, boxes, heads_packed, opaque, ragged, slots_apart
 from fa4_cute.softmax import LOG2_E, finish, tanh
 
 ITEM_READERS = 15
@@ -79,8 +86,6 @@ TMEM_BARRIER = 1
 """Named barrier of the correction warpgroup and the MMA warp; 0 is the block's."""
 NO_INDEX = 1 << 30
 """An index past every work item and every row."""
-RAGGED_ROWS = 1 << 30
-"""Rows of a ragged view, see `_ragged`."""
 
 
 class Sm100Forward:
@@ -130,18 +135,18 @@ class Sm100Forward:
             batch = cu_seqlens_q.shape[0] - 1
         m_v_tma, m_o_tma = m_v, m_o
         if const_expr(self.ragged_k):
-            m_v_tma = _ragged(m_v)
+            m_v_tma = ragged(m_v)
         if const_expr(self.kinds.varlen):
-            m_o_tma = _ragged(m_o)
+            m_o_tma = ragged(m_o)
         # V is the second operand of P V, whose rows are head dimensions.
         m_v_tma = cute.make_tensor(m_v_tma.iterator, cute.select(m_v_tma.layout, [1, 0, *range(2, cute.rank(m_v_tma))]))
-        m_q, m_o_tma = _packed(m_q, config.packed), _packed(m_o_tma, config.packed)
+        m_q, m_o_tma = heads_packed(m_q, config.packed), heads_packed(m_o_tma, config.packed)
         mma_s, mma_o = self._mmas()
         layout_q, layout_k, layout_v, layout_o = self._shared_layouts(mma_s, mma_o)
         load, store = cpasync.CopyBulkTensorTileG2SOp(self._cta_group), cpasync.CopyBulkTensorTileS2GOp()
         tile_s, tile_o = self._mma_tiles()
         cluster, slot = (config.ctas, 1, 1, 1), [0, 1, 2]
-        maps = _Maps(
+        maps = Maps(
             *cute.nvgpu.make_tiled_tma_atom_A(load, m_q, cute.select(layout_q, slot), tile_s, mma_s, cluster),
             *cute.nvgpu.make_tiled_tma_atom_B(load, m_k, cute.select(layout_k, slot), tile_s, mma_s, cluster),
             *cute.nvgpu.make_tiled_tma_atom_B(load, m_v_tma, cute.select(layout_v, slot), tile_o, mma_o, cluster),
@@ -149,7 +154,7 @@ class Sm100Forward:
         )
         self.kernel(
             maps,
-            _Outputs(m_o, statistic_by_head(lse), counter, counts),
+            Outputs(m_o, statistic_by_head(lse), counter, counts),
             sink,
             Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k),
             Extent(Int32(batch), m_q.shape[2], extent_q, extent_k, section),
@@ -196,15 +201,15 @@ class Sm100Forward:
         row_major = cutlass.utils.LayoutEnum.ROW_MAJOR
         layout_o = blackwell.make_smem_layout_epi(self.dtype, row_major, self._store_tile(), config.q_tiles)
         if config.o_replaces_q:
-            layout_o = _slots_apart(layout_o, config.q_tiles, config.q_bytes // 2)
+            layout_o = slots_apart(layout_o, config.q_tiles, config.q_bytes // 2)
         slots = config.kv_slots
-        return layout_q, _slots_apart(layout_k, slots, apart), _slots_apart(layout_v, slots, apart), layout_o
+        return layout_q, slots_apart(layout_k, slots, apart), slots_apart(layout_v, slots, apart), layout_o
 
     @cute.kernel
     def kernel(
         self,
-        maps: _Maps,
-        outputs: _Outputs,
+        maps: Maps,
+        outputs: Outputs,
         sink: cute.Tensor | None,
         lengths: Lengths,
         extent: Extent,
@@ -218,7 +223,7 @@ class Sm100Forward:
         memory = cutlass.utils.SmemAllocator()
         barriers = memory.allocate_array(Int64, config.barriers)
         both = config.softmax_arrivals + config.correction_arrivals
-        rings = _Rings(
+        rings = Rings(
             items=Ring(barriers, 1, 1, ITEM_READERS),
             q=MmaRing(barriers + 2, 2, 1, 1, config.ctas),
             s=MmaRing(barriers + 6, 2, 1, both, config.ctas),
@@ -243,7 +248,7 @@ class Sm100Forward:
             s_o = memory.allocate_tensor(self.dtype, layout_o.outer, 1024, layout_o.inner)
         s_k = memory.allocate_tensor(self.dtype, layout_k.outer, 1024, layout_k.inner)
         s_v = cute.make_tensor(cute.recast_ptr(s_k.iterator, layout_v.inner), layout_v.outer)
-        shared = _Shared(answer, s_items, s_factor, s_scale, s_q, s_k, s_v, s_o)
+        shared = Shared(answer, s_items, s_factor, s_scale, s_q, s_k, s_v, s_o)
 
         if warp == 0:
             with cute.arch.elect_one():
@@ -382,7 +387,7 @@ class Sm100Forward:
         with cute.arch.elect_one():
             rings.items.release(at)
         spans = (Span(*word[11:15]), Span(*word[15:19]))
-        return _Item(word[0] != 0, WorkItem(*word[1:4]), Sequence(*word[4:9]), word[9], word[10], *spans)
+        return Item(word[0] != 0, WorkItem(*word[1:4]), Sequence(*word[4:9]), word[9], word[10], *spans)
 
     @cute.jit
     def _batch(self, work):
@@ -453,9 +458,9 @@ class Sm100Forward:
             g_q = cute.local_tile(m_q, (rows, config.head_dim), (None, 0))
             g_k = cute.local_tile(m_k, (config.tile_n, config.head_dim), (None, 0))
             g_v = cute.local_tile(m_v, (config.head_dim_v, config.tile_n), (0, None))
-            t_sq, t_gq = _boxes(maps.q, shared.q, thr_s.partition_A(g_q), 3)
-            t_sk, t_gk = _boxes(maps.k, shared.k, thr_s.partition_B(g_k), 3)
-            t_sv, t_gv = _boxes(maps.v, shared.v, thr_o.partition_B(g_v), 3)
+            t_sq, t_gq = boxes(maps.q, shared.q, thr_s.partition_A(g_q), 3)
+            t_sk, t_gk = boxes(maps.k, shared.k, thr_s.partition_B(g_k), 3)
+            t_sv, t_gv = boxes(maps.v, shared.v, thr_o.partition_B(g_v), 3)
 
             self._load(rings.kv, kv_at, maps.k, t_gk[None, item.end - 1], t_sk, config.k_bytes)
             kv_at = rings.kv.next(kv_at)
@@ -565,7 +570,7 @@ class Sm100Forward:
         o = mma_o.make_fragment_C(mma_o.partition_shape_C(tile_o[:2]))
         layout_p = blackwell.make_smem_layout_a(mma_o, tile_o, self.dtype, 1)
         p = mma_o.make_fragment_A(cute.make_tensor(s.iterator, layout_p.outer))[None, None, None, 0]
-        return _Operands(
+        return Operands(
             mma_s.make_fragment_A(shared.q),
             mma_s.make_fragment_B(shared.k),
             mma_o.make_fragment_B(shared.v),
@@ -591,7 +596,7 @@ class Sm100Forward:
                     rings.q.wait(slot_of(i, q_laps))
                     q_laps = lap_of(i, q_laps)
             mma_s, _ = self._mmas()
-            slot = _opaque(Int32(i))  # else Q's descriptors, two words a step, are computed ahead, and spill
+            slot = opaque(Int32(i))  # else Q's descriptors, two words a step, are computed ahead, and spill
             for k in cutlass.range_constexpr(cute.size(operands.q, mode=[2])):
                 mma_s.set(tcgen05.Field.ACCUMULATE, k > 0)
                 a, b = operands.q[None, None, k, slot], operands.k[None, None, k, k_at.index]
@@ -641,7 +646,7 @@ class Sm100Forward:
         i = warp // roles.SOFTMAX_WARPS
         t_s = mma_s.make_fragment_C(mma_s.partition_shape_C(self._mma_tiles()[0][:2]))[(None, None), 0, 0]
         t_s = cute.make_tensor(t_s.iterator + i * config.tile_n, t_s.layout)
-        state = _SoftmaxState(i, row, warp, TmemRows(t_s, warp % roles.SOFTMAX_WARPS), shared, rings, values)
+        state = SoftmaxState(i, row, warp, TmemRows(t_s, warp % roles.SOFTMAX_WARPS), shared, rings, values)
         at, s_at, scales_at = rings.items.start(), Cursor(i, Int32(0)), Cursor(i, Int32(0))
         item = self._item(shared, rings, at)
         while item.valid:
@@ -814,7 +819,7 @@ class Sm100Forward:
             within = item.work.tile * config.positions + row_of_item // config.packed < item.sequence.seqlen_q
         rings.o.wait(slot)
         rings.out.acquire(slot)
-        s_row = shared.out[_opaque(row), None, i]  # else its 2 x 16 addresses are computed ahead, and spill
+        s_row = shared.out[opaque(row), None, i]  # else its 2 x 16 addresses are computed ahead, and spill
         for c in cutlass.range_constexpr(0, config.head_dim_v, width):
             r_o = tmem.load(c, width)
             r_out = cute.make_rmem_tensor(width, self.dtype)
@@ -849,7 +854,7 @@ class Sm100Forward:
             else:
                 m_o = maps.m_out[None, None, work.head, work.batch]
             g_o = cute.local_tile(m_o, self._store_tile(), (None, 0))
-            t_so, t_go = _boxes(maps.out, shared.out, g_o, 2)
+            t_so, t_go = boxes(maps.out, shared.out, g_o, 2)
             for i in cutlass.range_constexpr(config.q_tiles):
                 if item.span(i).begin < item.span(i).end:
                     rings.out.wait(slot_of(i, laps))
@@ -865,132 +870,3 @@ class Sm100Forward:
                             rings.q.release(slot_of(i, laps))
                     laps = lap_of(i, laps)
             item = self._item(shared, rings, at)
-
-
-class _Maps(NamedTuple):
-    """TMA copies with the coordinate tensors that they read or write."""
-
-    q: cute.CopyAtom
-    m_q: cute.Tensor
-    k: cute.CopyAtom
-    m_k: cute.Tensor
-    v: cute.CopyAtom
-    m_v: cute.Tensor
-    out: cute.CopyAtom
-    m_out: cute.Tensor
-
-
-class _Outputs(NamedTuple):
-    """What the kernel writes by ordinary stores, and the counter that items are drawn from."""
-
-    out: cute.Tensor
-    lse: cute.Tensor
-    counter: cute.Tensor | None
-    counts: cute.Tensor | None
-
-
-class _Rings(NamedTuple):
-    items: Ring
-    q: MmaRing
-    s: MmaRing
-    p_rest: Signal
-    o: Signal
-    scales: Ring
-    out: Ring
-    factor: Signal
-    control: Ring
-    kv: MmaRing
-
-
-class _Shared(NamedTuple):
-    """Shared memory; slots or Q tiles are the last mode. answer: 16 bytes that launch control writes."""
-
-    answer: cute.Pointer
-    items: cute.Tensor
-    factor: cute.Tensor
-    scale: cute.Tensor
-    q: cute.Tensor
-    k: cute.Tensor
-    v: cute.Tensor
-    out: cute.Tensor
-
-
-class _Operands(NamedTuple):
-    """What the MMAs read and write; s, p and o have an entry a Q tile."""
-
-    q: cute.Tensor
-    k: cute.Tensor
-    v: cute.Tensor
-    s: list
-    p: list
-    o: list
-
-
-class _Item(NamedTuple):
-    """A work item: key tiles `[begin, end)` are loaded; `upper` and `lower` are those of Q tile 0 and of Q tile 1."""
-
-    valid: Boolean
-    work: WorkItem
-    sequence: Sequence
-    begin: Int32
-    end: Int32
-    upper: Span
-    lower: Span
-
-    def span(self, i: int) -> Span:
-        """The key tiles that Q tile i visits."""
-        return self.upper if i == 0 else self.lower
-
-
-class _SoftmaxState(NamedTuple):
-    """What stays the same over a softmax thread's tiles. warp: of the block."""
-
-    i: Int32
-    row: Int32
-    warp: Int32
-    tmem: TmemRows
-    shared: _Shared
-    rings: _Rings
-    values: Values
-
-
-def _opaque(value: Int32) -> Int32:
-    """The value, by an instruction that compilers do not move or see through."""
-    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[value])
-
-
-def _ragged(tensor: cute.Tensor) -> cute.Tensor:
-    """A (S, D, H, B) tensor as (2^30, D, H, B, end), in which TMA sees one sequence end.
-
-    Row 2^30 - length + r of `end` = offset + length is row offset + r of the tensor, and rows from 2^30 on do not
-    exist: TMA reads zeros there and writes nothing. The base is moved 2^30 rows down, which no access ever reaches.
-    """
-    shape, stride = tensor.layout.shape, tensor.layout.stride
-    layout = cute.make_layout((RAGGED_ROWS, *shape[1:], RAGGED_ROWS), stride=(*stride, stride[0]))
-    moved = cute.domain_offset((-RAGGED_ROWS, 0, 0, 0), tensor)
-    return cute.make_tensor(moved.iterator, layout)
-
-
-def _packed(tensor: cute.Tensor, packed: int) -> cute.Tensor:
-    """A (S, D, H, ...) tensor as ((packed, S), D, H / packed, ...): a row for each head of a group at a position."""
-    if packed == 1:
-        return tensor
-    (seqlen, dim, heads, *others), (row, column, head, *apart) = tensor.layout.shape, tensor.layout.stride
-    shape = ((packed, seqlen), dim, heads // packed, *others)
-    return cute.make_tensor(
-        tensor.iterator, cute.make_layout(shape, stride=((head, row), column, head * packed, *apart))
-    )
-
-
-def _slots_apart(layout, slots: int, apart: int):
-    """A tile layout with its slots, the last mode, `apart` elements from each other."""
-    tile = cute.select(layout.outer, list(range(cute.rank(layout.outer) - 1)))
-    spread = cute.append(tile, cute.make_layout(slots, stride=apart))
-    return cute.make_composed_layout(layout.inner, 0, spread)
-
-
-def _boxes(atom: cute.CopyAtom, shared: cute.Tensor, tiles: cute.Tensor, modes: int):
-    """Both sides of a TMA copy: (box, slot) in shared memory and (box, tile) in global memory."""
-    return cpasync.tma_partition(
-        atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, modes), cute.group_modes(tiles, 0, modes)
-    )

@@ -30,8 +30,9 @@ def queries_of(rows, i):
         start = i * 0
         length = tl.where(within, rows.rows_q, 0)
     else:
+        # Both clamped before the difference, which could wrap around.
         start = tl.minimum(tl.maximum(tl.load(rows.cu_q + i, mask=within, other=0), 0), rows.rows_q)
-        end = tl.minimum(tl.load(rows.cu_q + i + 1, mask=within, other=0), rows.rows_q)
+        end = tl.minimum(tl.maximum(tl.load(rows.cu_q + i + 1, mask=within, other=0), 0), rows.rows_q)
         length = tl.maximum(end - start, 0)
     if rows.used_q is not None:
         length = tl.minimum(tl.maximum(tl.load(rows.used_q + i, mask=within, other=0), 0), length)

@@ -82,6 +82,25 @@ def test_wild_lengths_and_paddings_read_nothing_outside_of_the_cache(target, mon
         assert (lse[1:] == -math.inf).all()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_wild_pages_and_lengths_of_prompts_read_nothing_outside_of_the_pages(target, packed, monkeypatch):
+    """NaN lies on both sides of the pages; a packed prompt's rows may be nobody's, which gives zeros."""
+    if packed and target.backend == "reference":
+        pytest.skip("the reference takes cu_seqlens as they are: it reads them, and they are checked where it can")
+    monkeypatch.setattr(problem_module, "contents_are_checked", lambda device: False)
+    memory = torch.full((6, 8, 1, 16), math.nan, device=target.device)
+    memory[1:5] = torch.randn(4, 8, 1, 16, device=target.device)
+    wild = [99, 3, 2**31 - 1, -(2**31), -1, 0]
+    used, ends, *pages = (torch.tensor(wild[i:] + wild[:i], dtype=INT32, device=target.device) for i in (0, 2, 1, 3, 4))
+    options = {"seqused_k": used, "page_table": torch.stack(pages, 1), "causal": True, "return_lse": True}
+    if packed:
+        options |= {"seqused_k": used[1:], "page_table": options["page_table"][1:], "cu_seqlens_q": ends}
+    q = torch.randn(*((70,) if packed else (6, 70)), 1, 16, device=target.device)
+    out, lse = target(q, memory[1:5], memory[1:5], **options)
+    assert out.isfinite().all()
+    assert not lse.isnan().any()
+
+
 def test_a_cache_without_pages_or_rows_holds_no_key_whatever_the_lengths_say(target, monkeypatch):
     """Kernels clamp an index to the last one that exists: here to -1, memory before the cache."""
     unchecked(target, monkeypatch)

@@ -151,11 +151,11 @@ def test_a_packed_prompt_on_pages(capability):
             assert found.passed, found.message
 
 
-WILD = (2**31 - 1, -(2**31), -1, 99, 0, 2**30)
+WILD = (2**31 - 1, -(2**31), -1, 99, 2**30, 0, 1, 3)
 
 
 def wild(seed, *shape):
-    """Numbers that no length and no index should be."""
+    """Numbers that no length and no index should be, among some that they are."""
     at = torch.randint(0, len(WILD), shape, generator=torch.Generator().manual_seed(seed))
     return torch.tensor(WILD, dtype=INT32)[at]
 
@@ -171,11 +171,11 @@ def unread_contents(monkeypatch):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_no_wild_length_or_index_leads_a_step_out_of_its_tensors(capability, where, unread_contents):
     """What memcheck would say of the compiled kernels: here no memory exists but that of the arguments."""
-    batch, new = 5, 2
+    batch, new, blocks = 6, 2, 1 if where == "leftpad" else 3
     angles = torch.rand(7, 16)
     for seed in range(2):
         q, k, v = draw(batch, new, 4, 64, seed=0), draw(batch, new, 2, 64, seed=1), draw(batch, new, 2, 64, seed=2)
-        k_cache, v_cache = draw(3, 16, 2, 64, seed=3), draw(3, 16, 2, 64, seed=4)
+        k_cache, v_cache = draw(blocks, 16, 2, 64, seed=3), draw(blocks, 16, 2, 64, seed=4)
         options = {"cache_seqlens": wild(seed, batch)}
         if where == "pages":
             options["page_table"] = wild(seed + 10, batch, 3)
@@ -197,9 +197,11 @@ def test_no_wild_length_or_index_leads_a_step_out_of_its_tensors(capability, whe
 def test_no_wild_length_or_index_leads_a_prompt_out_of_its_tensors(capability, unread_contents):
     k, v = draw(4, 16, 1, 64, seed=7), draw(4, 16, 1, 64, seed=8)
     for seed in range(2):
-        options = {"seqused_k": wild(seed, 3), "page_table": wild(seed + 10, 3, 2), "causal": True}
-        for layout in ({}, {"cu_seqlens_q": torch.cat([wild(seed + 20, 3), torch.tensor([50], dtype=INT32)])}):
-            q = draw(*((70,) if layout else (3, 50)), 2, 64, seed=6)
+        options = {"seqused_k": wild(seed, 6), "page_table": wild(seed + 10, 6, 2), "causal": True}
+        # The least number after the largest one: their difference wraps around. No row is in two sequences.
+        ends = torch.tensor([2**31 - 1, -(2**31), 50, 99, -1, 0, -5], dtype=INT32) if seed else wild(seed + 20, 7)
+        for layout in ({}, {"cu_seqlens_q": ends}):
+            q = draw(*((70,) if layout else (6, 70)), 1, 64, seed=6)
             with emulated_cache(capability, seed=seed) as ran:
                 out, lse = dispatch.attention(q, k, v, backend="triton", return_lse=True, **layout, **options)
             assert ran == ["attention_prefill"]
