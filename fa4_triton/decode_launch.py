@@ -225,6 +225,12 @@ def _call_of(
     return _Call(plan, grid, n_parts, n_arrivals, layout, args)
 
 
+def forget() -> None:
+    """Drops what was prepared for calls seen before: for tests and tuners that replace a tile, a plan or a target."""
+    _call_of.cache_clear()
+    _append_of.cache_clear()
+
+
 def _attend(problem: Problem, tensors: _Tensors, length: int, *rest: Any) -> None:
     """Launches the attention; length: of every sequence where no tensor says it; rest: as `_call_of` takes it, up to
     the cache's dtype."""
@@ -288,45 +294,34 @@ def paged_forward(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _append(
-    problem: CacheProblem, inputs: CacheInputs, length: int, q: Tensor, used_k: Tensor | None, cache: Tensor | None,
-    pages: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Launches the append; returns the query, rotated where there is a rotary embedding."""
-    attend, kinds, device = problem.attend, problem.attend.kinds, q.device
-    k, v = _plain_last_dim(inputs.k), _plain_last_dim(inputs.v)
-    turned, cos, sin = None, None, None
+class _Append(NamedTuple):
+    """What appends of one signature and strides share, as `_Call`."""
+
+    plan: _Plan
+    grid: int
+    layout: tuple
+    args: Callable[[tuple, int], tuple]
+    """(the tensors or their addresses, length) to the kernel's arguments, in plain tuples."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _append_of(
+    problem: CacheProblem, there: tuple[bool, ...], table_dtype: torch.dtype | None, strides: tuple[tuple | None, ...],
+    aligned: bool,
+) -> _Append:  # fmt: skip
+    """The append of a call; there, strides: of `_append`'s tensors; aligned: whether the addresses of rows are."""
+    attend, kinds = problem.attend, problem.attend.kinds
+    *at_rows, _, _, at_pages, at_cos, at_sin, at_k_descale, at_v_descale = strides
+    rows_of = [_rows_of(stride) for stride in at_rows]
+    cache_of = (
+        None if at_pages is None else at_pages[0], attend.batch, attend.seqlen_q, problem.capacity, problem.n_blocks,
+    )  # fmt: skip
     rotary_of = (None, None, None, None)
-    programs = triton.cdiv(problem.appended * attend.heads_kv, APPEND_TILE.rows)
-    if problem.rotary_dim:
-        cos, sin = _plain_last_dim(inputs.rotary_cos), _plain_last_dim(inputs.rotary_sin)
-        turned = torch.empty(q.shape, dtype=q.dtype, device=device)
-        rotary_of = (cos.stride(0), sin.stride(0), cos.shape[0], int(problem.consecutive))
-        programs += triton.cdiv(attend.seqlen_q * attend.heads_q, APPEND_TILE.rows)
-    tensors = (
-        q if problem.rotary_dim else None, turned, k, v, inputs.k_cache, inputs.v_cache, used_k, cache, pages, cos, sin,
-        inputs.k_descale, inputs.v_descale,
-    )  # fmt: skip
-    addresses = [None if t is None else t.data_ptr() for t in tensors]
-    strides = [_strides(t) for t in tensors[:6]]
-    rows_of = (
-        None if pages is None else pages.stride(0), attend.batch, attend.seqlen_q, problem.capacity, problem.n_blocks,
-        length, problem.appended,
-    )  # fmt: skip
-
-    def arguments(as_addresses: bool) -> tuple:
-        if as_addresses:
-            given = addresses
-        else:
-            given = (*tensors[:4], _bytes(inputs.k_cache), _bytes(inputs.v_cache), *tensors[6:])
-        *rows, used_k, cache, pages, cos, sin, k_descale, v_descale = given
-        return (
-            *((t, *_rows_of(s)) for t, s in zip(rows, strides)),
-            (None, None, used_k, None, cache, pages, *rows_of), (cos, sin, *rotary_of), attend.heads_q,
-            attend.heads_kv, (k_descale, *_descale_of(_strides(inputs.k_descale))),
-            (v_descale, *_descale_of(_strides(inputs.v_descale))),
-        )  # fmt: skip
-
+    blocks = triton.cdiv(problem.appended * attend.heads_kv, APPEND_TILE.rows)
+    if at_cos is not None and at_sin is not None:
+        rotary_of = (at_cos[0], at_sin[0], problem.positions, int(problem.consecutive))
+        blocks += triton.cdiv(attend.seqlen_q * attend.heads_q, APPEND_TILE.rows)
+    k_descale_of, v_descale_of = _descale_of(at_k_descale), _descale_of(at_v_descale)
     constants = (
         ("DIM", kinds.head_dim),
         ("DIM_V", kinds.head_dim_v),
@@ -335,8 +330,47 @@ def _append(
         ("BLOCK", APPEND_TILE.rows),
         ("PAGE", problem.page_size if kinds.paged else 0),
     )
-    plan = _plan(append_rows, APPEND_TILE, constants, (kinds.dtype, problem.cache_dtype), device)
-    aligned = all(a is None or a % POINTER_ALIGNMENT == 0 for a in addresses[:6]) and _aligned(tuple(strides))
-    layout = (tuple([a is not None for a in addresses]), host._dtype(cos), aligned)
-    _launch(plan, device, programs * attend.batch, arguments, layout)
+    plan = _plan(append_rows, APPEND_TILE, constants, (kinds.dtype, problem.cache_dtype), attend.device)
+
+    def args(tensors: tuple, length: int) -> tuple:
+        *rows, used_k, cache, pages, cos, sin, k_descale, v_descale = tensors
+        return (
+            *[(t, *of) for t, of in zip(rows, rows_of)],
+            (None, None, used_k, None, cache, pages, *cache_of, length, problem.appended), (cos, sin, *rotary_of),
+            attend.heads_q, attend.heads_kv, (k_descale, *k_descale_of), (v_descale, *v_descale_of),
+        )  # fmt: skip
+
+    return _Append(plan, blocks * attend.batch, (there, table_dtype, aligned and _aligned(tuple(at_rows))), args)
+
+
+def _append(
+    problem: CacheProblem, inputs: CacheInputs, length: int, q: Tensor, used_k: Tensor | None, cache: Tensor | None,
+    pages: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Launches the append; returns the query, rotated where there is a rotary embedding."""
+    k_cache, v_cache = inputs.k_cache, inputs.v_cache
+    k, v = _plain_last_dim(inputs.k), _plain_last_dim(inputs.v)
+    turned, cos, sin = None, None, None
+    if problem.rotary_dim:
+        cos, sin = _plain_last_dim(inputs.rotary_cos), _plain_last_dim(inputs.rotary_sin)
+        turned = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    tensors = (
+        None if turned is None else q, turned, k, v, k_cache, v_cache, used_k, cache, pages, cos, sin, inputs.k_descale,
+        inputs.v_descale,
+    )  # fmt: skip
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
+    bits = 0
+    for address in addresses[:6]:
+        bits |= address or 0
+    call = _append_of(
+        problem, tuple([a is not None for a in addresses]), host._dtype(cos),
+        tuple([None if t is None else t.stride() for t in tensors]), bits % POINTER_ALIGNMENT == 0,
+    )  # fmt: skip
+
+    def arguments(as_addresses: bool) -> tuple:
+        if as_addresses:
+            return call.args(addresses, length)
+        return call.args((*tensors[:4], _bytes(k_cache), _bytes(v_cache), *tensors[6:]), length)
+
+    _launch(call.plan, q.device, call.grid, arguments, call.layout)
     return q if turned is None else turned

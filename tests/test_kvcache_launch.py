@@ -24,7 +24,7 @@ def test_a_length_that_grows_with_every_step_prepares_nothing_anew(target):
         if target.backend == "triton":
             from fa4_triton import decode_launch
 
-            calls.append(decode_launch._call_of.cache_info().misses)
+            calls += [made.cache_info().misses for made in (decode_launch._call_of, decode_launch._append_of)]
         prepared.append(calls)
     assert prepared[0] == prepared[1] == prepared[2]
 
@@ -137,12 +137,12 @@ def test_neither_capacity_nor_group_changes_how_the_work_is_laid_out(monkeypatch
     monkeypatch.setattr(fa4_triton, "_unavailable", lambda device: None)
     monkeypatch.setattr(decode_launch.host, "target_of", lambda device: GPUTarget("cuda", 90, 32))
     monkeypatch.setattr(decode_launch, "_launch", launch)
-    decode_launch._call_of.cache_clear()
+    decode_launch.forget()
     for capacity, group in ((4096, 4), (2**20, 4), (4096, 16)):
         q = torch.zeros(3, 1, 2 * group, 64, dtype=torch.bfloat16)
         cache = torch.zeros(3, 1, 2, 64, dtype=torch.bfloat16).expand(-1, capacity, -1, -1)
         attention_with_kvcache(q, cache, cache, cache_seqlens=100, backend="triton")
-    decode_launch._call_of.cache_clear()
+    decode_launch.forget()
     few, roomy, grouped = launched
     assert few == roomy
     assert few[0] == grouped[0] == "attention_decode"
@@ -189,12 +189,12 @@ def test_every_kernel_compiles_within_the_shared_memory_of_every_architecture(ar
     monkeypatch.setattr(fa4_triton, "_unavailable", lambda device: None)
     monkeypatch.setattr(launch, "target_of", lambda device: target)
     monkeypatch.setattr(decode_launch, "_launch", compile_only)
-    decode_launch._call_of.cache_clear()
+    decode_launch.forget()
     for dim, seqlen_q, dtype in ((128, 1, torch.bfloat16), (256, 2, torch.bfloat16), (128, 40, FP8)):
         q, new = (torch.zeros(2, seqlen_q, heads, dim, dtype=torch.bfloat16) for heads in (8, 2))
         cache, table = torch.zeros(9, 16, 2, dim).to(dtype), torch.zeros(2, 4, dtype=INT32)
         attention_with_kvcache(q, cache, cache, new, new, cache_seqlens=3, page_table=table, backend="triton")
-    decode_launch._call_of.cache_clear()
+    decode_launch.forget()
     assert [name for name, _ in compiled] == ["append_rows", "attention_decode"] * 2 + [
         "append_rows",
         "attention_prefill",

@@ -53,13 +53,13 @@ def emulated_cache(capability: int, seed: int, tolerate=TRITON_TOLERATES) -> Ite
 
     original = host._launch, host._plan
     with emulated_triton(capability, seed=seed, tolerate=tolerate):
-        host._call_of.cache_clear()
+        host.forget()
         host._launch, host._plan = run, _plans(capability)
         try:
             yield ran
         finally:
             host._launch, host._plan = original
-            host._call_of.cache_clear()
+            host.forget()
 
 
 def draw(*shape, seed, dtype=torch.bfloat16):
