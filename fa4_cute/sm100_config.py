@@ -119,8 +119,9 @@ class Sm100Config:
             raise ValueError(f"ctas: got {self.ctas}; a pair needs head_dim up to 128, and no launch_control")
         if self.p_first % FRAGMENT or not 0 < self.p_first < self.tile_n:
             raise ValueError(f"p_first: got {self.p_first}, accepted are 32, 64 and 96")
-        if self.kv_slots < 2:
-            raise ValueError(f"shared memory: {self.kv_slots} slots for K and V, at least 2 are needed")
+        needed = self.k_parts + self.v_parts
+        if self.kv_slots < needed:
+            raise ValueError(f"shared memory: {self.kv_slots} slots for K and V, at least {needed} are needed")
         if 8 * self.barriers + self.items_bytes + self.row_bytes > SMALL_BYTES:
             raise ValueError(f"shared memory: barriers, items and rows exceed {SMALL_BYTES} bytes")
         registers = (self.registers_softmax, self.registers_correction, self.registers_other)
@@ -156,7 +157,8 @@ class Sm100Config:
         """First column of O, one for each Q tile."""
         return tuple(self.tile_n * self.q_tiles + self.head_dim_v * i for i in range(self.q_tiles))
 
-    # Shared memory, in bytes. K and V share one ring's slots. Where Q leaves too little room, O is staged in its place.
+    # Shared memory, in bytes. K and V share one ring's slots. Where Q leaves too little room, O is staged in its place,
+    # and K and V come in parts, so that what an MMA has read makes room before the rest of its tile does.
     @property
     def q_bytes(self) -> int:
         """One Q tile."""
@@ -198,19 +200,34 @@ class Sm100Config:
         return 2 * 4 * self.q_tiles * self.tile_m
 
     @property
+    def k_parts(self) -> int:
+        """Parts of a K tile, of so many columns each: 1, or such as to hold 64 columns."""
+        return self.head_dim // 64 if self.o_replaces_q else 1
+
+    @property
+    def v_parts(self) -> int:
+        """Parts of a V tile, of so many keys each: 1, or such as to hold 64 keys."""
+        return self.tile_n // 64 if self.o_replaces_q else 1
+
+    @property
+    def slot_bytes(self) -> int:
+        """A slot of the ring of K and V."""
+        return max(self.k_bytes // self.k_parts, self.v_bytes // self.v_parts)
+
+    @property
     def tile_bytes(self) -> int:
         """Q and O tiles."""
         return self.q_tiles * (self.q_bytes if self.o_replaces_q else self.q_bytes + self.o_bytes)
 
     @property
     def kv_slots(self) -> int:
-        """Slots of the ring of K and V tiles: as many as fit."""
-        return min((SHARED_BYTES - SMALL_BYTES - self.tile_bytes) // max(self.k_bytes, self.v_bytes), 12)
+        """Slots of the ring of K and V: as many as fit."""
+        return min((SHARED_BYTES - SMALL_BYTES - self.tile_bytes) // self.slot_bytes, 12)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        return SMALL_BYTES + self.tile_bytes + self.kv_slots * max(self.k_bytes, self.v_bytes)
+        return SMALL_BYTES + self.tile_bytes + self.kv_slots * self.slot_bytes
 
     @property
     def threads(self) -> int:

@@ -144,12 +144,12 @@ class Sm100Forward:
         mma_s, mma_o = self._mmas()
         layout_q, layout_k, layout_v, layout_o = self._shared_layouts(mma_s, mma_o)
         load, store = cpasync.CopyBulkTensorTileG2SOp(self._cta_group), cpasync.CopyBulkTensorTileS2GOp()
-        tile_s, tile_o = self._mma_tiles()
+        (tile_s, _), (part_s, part_o) = self._mma_tiles(), self._mma_parts()
         cluster, slot = (config.ctas, 1, 1, 1), [0, 1, 2]
         maps = Maps(
             *cute.nvgpu.make_tiled_tma_atom_A(load, m_q, cute.select(layout_q, slot), tile_s, mma_s, cluster),
-            *cute.nvgpu.make_tiled_tma_atom_B(load, m_k, cute.select(layout_k, slot), tile_s, mma_s, cluster),
-            *cute.nvgpu.make_tiled_tma_atom_B(load, m_v_tma, cute.select(layout_v, slot), tile_o, mma_o, cluster),
+            *cute.nvgpu.make_tiled_tma_atom_B(load, m_k, cute.select(layout_k, slot), part_s, mma_s, cluster),
+            *cute.nvgpu.make_tiled_tma_atom_B(load, m_v_tma, cute.select(layout_v, slot), part_o, mma_o, cluster),
             *cpasync.make_tiled_tma_atom(store, m_o_tma, cute.select(layout_o, [0, 1]), self._store_tile()),
         )
         self.kernel(
@@ -173,6 +173,11 @@ class Sm100Forward:
         rows = config.ctas * config.tile_m
         return (rows, config.tile_n, config.head_dim), (rows, config.head_dim_v, config.tile_n)
 
+    def _mma_parts(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """`_mma_tiles` of one part of K and of V, which a slot holds."""
+        config, (tile_s, tile_o) = self.config, self._mma_tiles()
+        return (*tile_s[:2], tile_s[2] // config.k_parts), (*tile_o[:2], tile_o[2] // config.v_parts)
+
     def _store_tile(self) -> tuple[int, int]:
         """Rows and columns of an O tile as one CTA stores it."""
         return self.config.tile_m, self.config.head_dim_v
@@ -191,13 +196,13 @@ class Sm100Forward:
         return mma_s, mma_o
 
     def _shared_layouts(self, mma_s, mma_o):
-        """Swizzled tiles of Q, K, V and O with their slots in the last mode; K and V slots are equally far apart."""
+        """Swizzled tiles of Q and O, parts of K and V; slots in the last mode, those of K and V equally far apart."""
         config = self.config
-        tile_s, tile_o = self._mma_tiles()
-        apart = max(config.k_bytes, config.v_bytes) // 2
+        (tile_s, _), (part_s, part_o) = self._mma_tiles(), self._mma_parts()
+        apart = config.slot_bytes // 2
         layout_q = blackwell.make_smem_layout_a(mma_s, tile_s, self.dtype, config.q_tiles)
-        layout_k = blackwell.make_smem_layout_b(mma_s, tile_s, self.dtype, config.kv_slots)
-        layout_v = blackwell.make_smem_layout_b(mma_o, tile_o, self.dtype, config.kv_slots)
+        layout_k = blackwell.make_smem_layout_b(mma_s, part_s, self.dtype, config.kv_slots)
+        layout_v = blackwell.make_smem_layout_b(mma_o, part_o, self.dtype, config.kv_slots)
         row_major = cutlass.utils.LayoutEnum.ROW_MAJOR
         layout_o = blackwell.make_smem_layout_epi(self.dtype, row_major, self._store_tile(), config.q_tiles)
         if config.o_replaces_q:
@@ -456,27 +461,23 @@ class Sm100Forward:
             else:
                 m_v = maps.m_v[None, None, head_kv, batch]
             g_q = cute.local_tile(m_q, (rows, config.head_dim), (None, 0))
-            g_k = cute.local_tile(m_k, (config.tile_n, config.head_dim), (None, 0))
-            g_v = cute.local_tile(m_v, (config.head_dim_v, config.tile_n), (0, None))
+            g_k = cute.local_tile(m_k, (config.tile_n, config.head_dim // config.k_parts), (None, None))
+            g_v = cute.local_tile(m_v, (config.head_dim_v, config.tile_n // config.v_parts), (0, None))
             t_sq, t_gq = boxes(maps.q, shared.q, thr_s.partition_A(g_q), 3)
             t_sk, t_gk = boxes(maps.k, shared.k, thr_s.partition_B(g_k), 3)
             t_sv, t_gv = boxes(maps.v, shared.v, thr_o.partition_B(g_v), 3)
 
-            self._load(rings.kv, kv_at, maps.k, t_gk[None, item.end - 1], t_sk, config.k_bytes)
-            kv_at = rings.kv.next(kv_at)
+            kv_at = self._load_k(rings.kv, kv_at, maps.k, t_gk, t_sk, item.end - 1)
             for i in cutlass.range_constexpr(config.q_tiles):
                 if item.span(i).begin < item.span(i).end:
                     q_tile = t_gq[None, config.q_tiles * work.tile + i]
                     self._load(rings.q, slot_of(i, q_laps), maps.q, q_tile, t_sq, config.q_bytes)
                     q_laps = lap_of(i, q_laps)
-            self._load(rings.kv, kv_at, maps.v, t_gv[None, item.end - 1], t_sv, config.v_bytes)
-            kv_at = rings.kv.next(kv_at)
+            kv_at = self._load_v(rings.kv, kv_at, maps.v, t_gv, t_sv, item.end - 1)
             for n in cutlass.range(item.end - item.begin - 1, unroll=1):
                 tile = item.end - 2 - n
-                self._load(rings.kv, kv_at, maps.k, t_gk[None, tile], t_sk, config.k_bytes)
-                kv_at = rings.kv.next(kv_at)
-                self._load(rings.kv, kv_at, maps.v, t_gv[None, tile], t_sv, config.v_bytes)
-                kv_at = rings.kv.next(kv_at)
+                kv_at = self._load_k(rings.kv, kv_at, maps.k, t_gk, t_sk, tile)
+                kv_at = self._load_v(rings.kv, kv_at, maps.v, t_gv, t_sv, tile)
             item = self._item(shared, rings, at)
         if const_expr(config.ctas > 1):  # the last MMAs' commits reach both blocks before one leaves
             for _ in cutlass.range(config.kv_slots, unroll=1):
@@ -484,6 +485,22 @@ class Sm100Forward:
                 kv_at = rings.kv.next(kv_at)
             for i in cutlass.range_constexpr(config.q_tiles):
                 rings.q.acquire(slot_of(i, q_laps))
+
+    @cute.jit
+    def _load_k(self, ring, at, atom, source, target, tile):
+        parts = self.config.k_parts
+        for part in cutlass.range_constexpr(parts):
+            self._load(ring, at, atom, source[None, tile, part], target, self.config.k_bytes // parts)
+            at = ring.next(at)
+        return at
+
+    @cute.jit
+    def _load_v(self, ring, at, atom, source, target, tile):
+        parts = self.config.v_parts
+        for part in cutlass.range_constexpr(parts):
+            self._load(ring, at, atom, source[None, tile * parts + part], target, self.config.v_bytes // parts)
+            at = ring.next(at)
+        return at
 
     @cute.jit
     def _load(self, ring, at, atom, source, target, size: cutlass.Constexpr[int]):
@@ -502,7 +519,8 @@ class Sm100Forward:
         In turns over the Q tiles, O += P V of key tile n, then S of key tile n - 1, which may overwrite that P: MMAs of
         one thread run in order. At an item's end S of the next item takes the place of S of tile n - 1.
         """
-        config = self.config
+        config, kv = self.config, rings.kv
+        k_parts, v_parts = config.k_parts, config.v_parts
         operands = self._operands(mma_s, mma_o, shared, tmem)
         rank = self._rank()
         # Edges of a window shift from one Q tile to the next: the upper one begins later, the lower one ends earlier.
@@ -514,25 +532,22 @@ class Sm100Forward:
             item = self._item(shared, rings, at)
             at = rings.items.next(at)
         if item.valid:
-            rings.kv.wait(kv_at)
+            kv.wait_parts(kv_at, k_parts)
             for i in cutlass.range_constexpr(config.q_tiles):
                 q_laps = self._scores(operands, rings, i, item.span(i), item.end - 1, kv_at, q_laps, True)
-            rings.kv.release_by_mma(kv_at.index)
-            kv_at = rings.kv.next(kv_at)
+            kv_at = kv.release_parts(kv_at, k_parts)
         while item.valid:
             for n in cutlass.range(item.end - item.begin - 1, unroll=1):
                 tile = item.end - 1 - n
-                k_at = rings.kv.next(kv_at)
-                rings.kv.wait(kv_at)
+                k_at = kv.wait_parts(kv_at, v_parts)
                 for i in cutlass.range_constexpr(config.q_tiles):
                     s_laps = self._values(operands, rings, i, item.span(i), tile, kv_at, s_laps, left and i == 1)
                     if const_expr(i == 0):
-                        rings.kv.wait(k_at)
+                        kv.wait_parts(k_at, k_parts)
                     else:
-                        rings.kv.release_by_mma(kv_at.index)
+                        kv.release_parts(kv_at, v_parts)
                     q_laps = self._scores(operands, rings, i, item.span(i), tile - 1, k_at, q_laps, right and i == 0)
-                rings.kv.release_by_mma(k_at.index)
-                kv_at = rings.kv.next(k_at)
+                kv_at = kv.release_parts(k_at, k_parts)
             done = item
             if const_expr(not config.o_replaces_q):
                 for i in cutlass.range_constexpr(config.q_tiles):
@@ -540,24 +555,21 @@ class Sm100Forward:
                         rings.q.release_by_mma(i)
             item = self._item(shared, rings, at)
             at = rings.items.next(at)
-            k_at = rings.kv.next(kv_at)
-            rings.kv.wait(kv_at)
+            k_at = kv.wait_parts(kv_at, v_parts)
             for i in cutlass.range_constexpr(config.q_tiles):
                 s_laps = self._values(operands, rings, i, done.span(i), done.begin, kv_at, s_laps, True)
                 if const_expr(not config.o_replaces_q):
                     if item.valid:
                         if const_expr(i == 0):
-                            rings.kv.wait(k_at)
+                            kv.wait_parts(k_at, k_parts)
                         q_laps = self._scores(operands, rings, i, item.span(i), item.end - 1, k_at, q_laps, True)
-            rings.kv.release_by_mma(kv_at.index)
-            kv_at = k_at
+            kv_at = kv.release_parts(kv_at, v_parts)
             if item.valid:
                 if const_expr(config.o_replaces_q):  # Q is not there before both Os have left its place
-                    rings.kv.wait(k_at)
+                    kv.wait_parts(k_at, k_parts)
                     for i in cutlass.range_constexpr(config.q_tiles):
                         q_laps = self._scores(operands, rings, i, item.span(i), item.end - 1, k_at, q_laps, True)
-                rings.kv.release_by_mma(k_at.index)
-                kv_at = rings.kv.next(k_at)
+                kv_at = kv.release_parts(k_at, k_parts)
 
     def _operands(self, mma_s, mma_o, shared, tmem):
         """Descriptors of shared memory and addresses of tensor memory, as the MMAs take them.
@@ -596,10 +608,16 @@ class Sm100Forward:
                     rings.q.wait(slot_of(i, q_laps))
                     q_laps = lap_of(i, q_laps)
             mma_s, _ = self._mmas()
-            slot = opaque(Int32(i))  # else Q's descriptors, two words a step, are computed ahead, and spill
-            for k in cutlass.range_constexpr(cute.size(operands.q, mode=[2])):
+            slot = i
+            if const_expr(self.config.head_dim > 128):
+                # Plus zero, which ptxas cannot know: it would keep Q's 24 descriptors of two words, and spill.
+                slot = i + (k_at.index >> 5)
+            steps = cute.size(operands.k, mode=[2])
+            for k in cutlass.range_constexpr(self.config.k_parts * steps):
+                if const_expr(k > 0 and k % steps == 0):
+                    k_at = rings.kv.next(k_at)
                 mma_s.set(tcgen05.Field.ACCUMULATE, k > 0)
-                a, b = operands.q[None, None, k, slot], operands.k[None, None, k, k_at.index]
+                a, b = operands.q[None, None, k, slot], operands.k[None, None, k % steps, k_at.index]
                 cute.gemm(mma_s, operands.s[i], a, b, operands.s[i])
             rings.s.publish_by_mma(i)
         return q_laps
@@ -617,11 +635,13 @@ class Sm100Forward:
             rings.s.wait_released(slot_of(i, s_laps))
             _, mma_o = self._mmas()
             mma_o.set(tcgen05.Field.ACCUMULATE, tile < span.end - 1)
-            steps = cute.size(operands.v, mode=[2])
-            for k in cutlass.range_constexpr(steps):
-                if const_expr(k * self.config.tile_n // steps == self.config.p_first):
+            steps, parts = cute.size(operands.v, mode=[2]), self.config.v_parts
+            for k in cutlass.range_constexpr(parts * steps):
+                if const_expr(k > 0 and k % steps == 0):
+                    v_at = rings.kv.next(v_at)
+                if const_expr(k * self.config.tile_n // (parts * steps) == self.config.p_first):
                     rings.p_rest.wait(slot_of(i, s_laps))
-                a, b = operands.p[i][None, None, k], operands.v[None, None, k, v_at.index]
+                a, b = operands.p[i][None, None, k], operands.v[None, None, k % steps, v_at.index]
                 cute.gemm(mma_o, operands.o[i], a, b, operands.o[i])
                 mma_o.set(tcgen05.Field.ACCUMULATE, True)
             if const_expr(last):

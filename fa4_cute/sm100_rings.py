@@ -64,6 +64,20 @@ class MmaRing(Ring):
         same_lap = Int32(index != self.slots)
         return Cursor(index * same_lap, cursor.phase ^ same_lap ^ 1)
 
+    def wait_parts(self, cursor: Cursor, parts: int) -> Cursor:
+        """Consumer: waits until so many slots hold data; returns the place after them."""
+        for _ in range(parts):
+            self.wait(cursor)
+            cursor = self.next(cursor)
+        return cursor
+
+    def release_parts(self, cursor: Cursor, parts: int) -> Cursor:
+        """Consumer: lets go of so many slots when the MMAs issued so far have read them; returns the place after."""
+        for _ in range(parts):
+            self.release_by_mma(cursor.index)
+            cursor = self.next(cursor)
+        return cursor
+
     def publish_by_mma(self, index: int | Int32) -> None:
         """Producer: the slot holds what the MMAs issued so far leave there."""
         _commit(self.barriers + index, self.ctas)
