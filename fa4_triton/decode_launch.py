@@ -99,6 +99,10 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor
 
 
+def _packed(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def _plain_last_dim(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
@@ -261,10 +265,8 @@ def attend_cache(problem: CacheProblem, inputs: CacheInputs, length: int, out: T
     """Appends, and writes out and lse; arguments as in `Backend.attend_cache`."""
     attend = problem.attend
     q = _plain_last_dim(inputs.q)
-    used_k, leftpad, cache, sink = (
-        None if t is None else t.contiguous()
-        for t in (inputs.cache_seqlens, inputs.cache_leftpad, inputs.cache_batch_idx, inputs.sink)
-    )
+    used_k, leftpad = _packed(inputs.cache_seqlens), _packed(inputs.cache_leftpad)
+    cache, sink = _packed(inputs.cache_batch_idx), _packed(inputs.sink)
     pages = None if inputs.page_table is None else _plain_last_dim(inputs.page_table)
     # With no row to append there is still the query to rotate.
     if (problem.appended or problem.rotary_dim) and attend.batch:
