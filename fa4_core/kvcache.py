@@ -384,13 +384,18 @@ def _check_contents(problem: CacheProblem, inputs: CacheInputs, length: int) -> 
 
 _LIBRARY = torch.library.Library("fa4", "FRAGMENT")
 # Results are its arguments, since `out` may be the caller's own tensor.
-_LIBRARY.define(
-    "attention_with_kvcache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
+_ARGUMENTS = (
+    "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
     "Tensor? cache_seqlens, Tensor? page_table, Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? rotary_cos, "
     "Tensor? rotary_sin, Tensor? k_descale, Tensor? v_descale, Tensor? sink, Tensor(c!) out, Tensor(d!)? lse, "
     "SymInt? length, Tensor? values, SymInt window_left, SymInt window_right, bool rotary_interleaved, "
     "SymInt num_splits, str backend) -> ()"
 )
+_PLAIN, _SCORED = "attention_with_kvcache", "attention_with_kvcache.scored"
+_LIBRARY.define(_PLAIN + _ARGUMENTS)
+# With `values`, which lie on the CPU. A CUDA graph would go on with those that it was captured with, so the one that
+# torch.compile makes leaves this overload out.
+_LIBRARY.define(_SCORED + _ARGUMENTS, tags=(torch.Tag.cudagraph_unsafe,))
 _N_TENSORS = len(CacheInputs._fields)
 
 
@@ -426,9 +431,10 @@ def _fake(*args) -> None:
             raise ValueError(f"{name}: on {tensor.device}, but q is on {args[0].device}")
 
 
-_LIBRARY.impl("attention_with_kvcache", _operator, "CPU")
-_LIBRARY.impl("attention_with_kvcache", _operator, "CUDA")
-torch.library.register_fake("fa4::attention_with_kvcache", _fake, lib=_LIBRARY)
+for _name in (_PLAIN, _SCORED):
+    _LIBRARY.impl(_name, _operator, "CPU")
+    _LIBRARY.impl(_name, _operator, "CUDA")
+    torch.library.register_fake(f"fa4::{_name}", _fake, lib=_LIBRARY)
 
 
 def refuse_gradients(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
@@ -472,7 +478,9 @@ def attend(
         _run(inputs, out, lse, length, softmax_scale, softcap, *rest)
     else:
         values = ops.pack_values(softmax_scale, softcap, DEFAULT_RESCALE_THRESHOLD)
-        torch.ops.fa4.attention_with_kvcache(*inputs, out, lse, length, values, *rest)
+        overloads = torch.ops.fa4.attention_with_kvcache
+        operator = overloads.default if values is None else overloads.scored
+        operator(*inputs, out, lse, length, values, *rest)
     return out, lse
 
 

@@ -48,6 +48,28 @@ def test_compile_keeps_the_call_in_one_graph_and_mutates_the_cache(target):
         assert all(map(torch.equal, mine, theirs))
 
 
+@pytest.mark.parametrize(("options", "overload"), [({}, "default"), ({"softmax_scale": 0.3}, "scored")])
+def test_a_scale_keeps_the_call_out_of_the_cuda_graphs_that_compile_makes(options, overload):
+    """They would go on with the scale that they were captured with, whatever a later call says."""
+    q, k_cache, v_cache, new, seqlens, _ = step_inputs("cpu", dtype=torch.float32)
+    called = []
+
+    def note(module, example_inputs):
+        called.extend(node.target for node in module.graph.nodes if node.op == "call_function")
+        return module.forward
+
+    def step():
+        return attention_with_kvcache(q, k_cache, v_cache, new, new, cache_seqlens=seqlens, **options)
+
+    want = step()
+    assert torch.equal(torch.compile(step, fullgraph=True, backend=note)(), want)
+    (operator,) = [
+        target for target in called if isinstance(target, torch._ops.OpOverload) and "kvcache" in str(target)
+    ]
+    assert operator is getattr(torch.ops.fa4.attention_with_kvcache, overload)
+    assert (torch.Tag.cudagraph_unsafe in operator.tags) == (overload == "scored")
+
+
 def test_autocast_casts_nothing(target):
     """A cache in autocast's dtype could not be given back to the caller, nor one in float32 be written in place."""
     q, k, v, used = a_problem(target, torch.float32)
