@@ -63,7 +63,7 @@ from fa4_cute.pipelines import Cursor, Ring
 from fa4_cute.ranges import Span, Window, key_span, visible_keys
 from fa4_cute.schedule import Extent, Lengths, Schedule, Sequence, WorkItem, draw, retire, sequence_of, start, take
 from fa4_cute.sm100_config import FRAGMENT, ITEM_WORDS, Exp2Share, Sm100Config, config_for
-from fa4_cute.sm100_parts import Item, Maps, Operands, Outputs, Rings, Shared, SoftmaxState
+from fa4_cute.sm100_parts import Item, Maps, Operands, Outputs, Place, Rings, Shared, SoftmaxState
 from fa4_cute.sm100_rings import MmaRing, Signal, lap_of, slot_of
 from fa4_cute.sm100_rows import (
     add_up,
@@ -77,13 +77,15 @@ from fa4_cute.sm100_rows import (
     total_of,
 )
 from fa4_cute.sm100_tmem import TmemRows
-from fa4_cute.sm100_views import RAGGED_ROWS, boxes, heads_packed, opaque, ragged, slots_apart
+from fa4_cute.sm100_views import RAGGED_ROWS, boxes, fixed, heads_packed, opaque, ragged, slots_apart
 from fa4_cute.softmax import LOG2_E, finish, tanh
 
 ITEM_READERS = 15
 """Warps that read each published item: all but the scheduler."""
-TMEM_BARRIER = 1
-"""Named barrier of the correction warpgroup and the MMA warp; 0 is the block's."""
+IN_USE = 2
+"""`Place.use` of a row that takes part."""
+NOT_IN_USE = -1.0
+"""The scale of a row that exists and takes no part, whose output is zero whatever O holds; no row's own is negative."""
 NO_INDEX = 1 << 30
 """An index past every work item and every row."""
 
@@ -271,21 +273,21 @@ class Sm100Forward:
         else:
             cute.arch.setmaxregister_decrease(config.registers_other)
             if warp == roles.MMA_WARP:
-                pair = config.ctas == 2
-                cute.arch.alloc_tmem(roles.TMEM_COLUMNS, tmem_address, is_two_cta=pair)
+                cute.arch.alloc_tmem(roles.TMEM_COLUMNS, tmem_address, is_two_cta=config.ctas == 2)
                 address = cute.arch.retrieve_tmem_ptr(Float32, 16, tmem_address)
                 self.multiply(mma_s, mma_o, shared, rings, address)
-                cute.arch.relinquish_tmem_alloc_permit(is_two_cta=pair)
-                cute.arch.barrier(barrier_id=TMEM_BARRIER, number_of_threads=config.correction_threads + roles.WARP)
-                cute.arch.dealloc_tmem(address, roles.TMEM_COLUMNS, is_two_cta=pair)
+                cute.arch.relinquish_tmem_alloc_permit(is_two_cta=config.ctas == 2)
             elif warp == roles.STORE_WARP:
                 self.store(maps, shared, rings)
             elif warp == roles.LOAD_WARP:
                 self.load(mma_s, mma_o, maps, shared, rings)
             else:
                 self.schedule(outputs, sink, shared, rings, lengths, extent, values)
-        if const_expr(config.ctas > 1):
-            self._meet()  # neither may leave while the other arrives on its barriers
+        # When nobody reads tensor memory any more. Of a pair, neither leaves while the other arrives on its barriers.
+        self._meet()
+        if warp == roles.MMA_WARP:
+            address = cute.arch.retrieve_tmem_ptr(Float32, 16, tmem_address)
+            cute.arch.dealloc_tmem(address, roles.TMEM_COLUMNS, is_two_cta=config.ctas == 2)
 
     @cute.jit
     def _meet(self):
@@ -666,7 +668,10 @@ class Sm100Forward:
         i = warp // roles.SOFTMAX_WARPS
         t_s = mma_s.make_fragment_C(mma_s.partition_shape_C(self._mma_tiles()[0][:2]))[(None, None), 0, 0]
         t_s = cute.make_tensor(t_s.iterator + i * config.tile_n, t_s.layout)
-        state = SoftmaxState(i, row, warp, TmemRows(t_s, warp % roles.SOFTMAX_WARPS), shared, rings, values)
+        factor = cute.make_tensor(fixed(shared.factor.iterator + (config.tile_m * i + row)), cute.make_layout(1))
+        factor_barrier = fixed(rings.factor.barriers + warp)
+        tmem = TmemRows(t_s, warp % roles.SOFTMAX_WARPS)
+        state = SoftmaxState(i, row, factor, factor_barrier, tmem, rings, values)
         at, s_at, scales_at = rings.items.start(), Cursor(i, Int32(0)), Cursor(i, Int32(0))
         item = self._item(shared, rings, at)
         while item.valid:
@@ -676,12 +681,10 @@ class Sm100Forward:
                 span = item.lower
             if span.begin < span.end:
                 pivot, total, skips = -Float32.inf, Float32(0.0), Int32(0)
-                position, head = self._place(state, item)
-                window = Window(values.window_left, values.window_right)
-                keys = visible_keys(position, item.sequence.seqlen_q, item.sequence.seqlen_k, window)
+                place, keys = self._place(state, item, values)
                 sink_log2 = None
                 if const_expr(sink is not None):
-                    sink_log2 = Float32(sink[head]) * LOG2_E
+                    sink_log2 = Float32(sink[place.head]) * LOG2_E
                 for n in cutlass.range(span.end - span.full_end, unroll=1):
                     tile = span.end - 1 - n
                     first = n == 0 if const_expr(self.kinds.window_right) else True  # only the end of the keys cuts one
@@ -698,25 +701,30 @@ class Sm100Forward:
                         pivot, total, skips = self._tile(state, s_at, pivot, total, skips, first, keys, tile)
                         s_at = Cursor(i, s_at.phase ^ 1)
                 scale, lse = finish(pivot, total, sink_log2)
+                if const_expr(self.kinds.seqused_q):
+                    if place.use < IN_USE:
+                        scale, lse = Float32(NOT_IN_USE), -Float32.inf
                 rings.scales.acquire(scales_at)
                 shared.scale[row, i] = scale
                 rings.scales.publish(scales_at)
                 scales_at = Cursor(i, scales_at.phase ^ 1)
-                if position < item.sequence.rows_q:
-                    if const_expr(self.kinds.seqused_q):
-                        lse = lse if position < item.sequence.seqlen_q else -Float32.inf
-                    outputs.lse[item.sequence.offset_q + position, head, self._batch(item.work)] = lse
-                if const_expr(self.counted):
-                    self._count(outputs, item, span, position, head, skips)
+                if place.use > 0:
+                    outputs.lse[place.row, place.head, place.batch] = lse
+                    if const_expr(self.counted):
+                        self._count(outputs, span, place, skips)
             item = self._item(shared, rings, at)
 
     @cute.jit
-    def _place(self, state, item):
-        """Position in its sequence and query head of the thread's row."""
-        config = self.config
+    def _place(self, state, item, values):
+        """Where the thread's row goes, and its first visible key and the key after its last."""
+        config, sequence = self.config, item.sequence
         row = self._rank() * config.tile_m + state.row
         position = item.work.tile * config.positions + state.i * config.tile_positions + row // config.packed
-        return position, item.work.head * config.packed + row % config.packed
+        head = item.work.head * config.packed + row % config.packed
+        use = Int32(position < sequence.rows_q) + Int32(position < sequence.seqlen_q)
+        window = Window(values.window_left, values.window_right)
+        keys = visible_keys(position, sequence.seqlen_q, sequence.seqlen_k, window)
+        return Place(sequence.offset_q + position, head, self._batch(item.work), use), keys
 
     @cute.jit
     def _tile(self, state, s_at, pivot, total, skips, first, keys, tile):
@@ -739,12 +747,12 @@ class Sm100Forward:
         pivot, factor = follow(before, row_max(r_s) * values.scale_log2, values.threshold)
         if const_expr(self.counted):
             skips = skips + Int32(before > -Float32.inf and pivot == before)
-        s_factor = state.shared.factor
+        s_factor, s_barrier = state.factor, state.factor_barrier
         if not first:
-            s_factor[state.row, state.i] = factor
+            s_factor[0] = factor
             cute.arch.sync_warp()
             with cute.arch.elect_one():
-                rings.factor.publish(Cursor(state.warp, Int32(0)))
+                cute.arch.mbarrier_arrive(s_barrier)
 
         scale, shift, sums = values.scale_log2, bias(pivot), []
         for f in cutlass.range_constexpr(config.tile_n // FRAGMENT):
@@ -764,16 +772,14 @@ class Sm100Forward:
         return pivot, total_of(sums), skips
 
     @cute.jit
-    def _count(self, outputs, item, span, position, head, skips):
+    def _count(self, outputs, span, place, skips):
         """For tests: key tiles visited and rescales skipped of the thread's row."""
-        if position < item.sequence.rows_q:
-            at = position + item.sequence.offset_q
-            if const_expr(self.kinds.varlen):
-                outputs.counts[head, at, 0] = span.end - span.begin
-                outputs.counts[head, at, 1] = skips
-            else:
-                outputs.counts[item.work.batch, head, at, 0] = span.end - span.begin
-                outputs.counts[item.work.batch, head, at, 1] = skips
+        if const_expr(self.kinds.varlen):
+            row = outputs.counts[place.head, place.row, None]
+        else:
+            row = outputs.counts[place.batch, place.head, place.row, None]
+        row[0] = span.end - span.begin
+        row[1] = skips
 
     # Correction ------------------------------------------------------------------------------------------------------
 
@@ -809,10 +815,9 @@ class Sm100Forward:
                         rings.s.release(Cursor(Int32(i), Int32(0)))
             for i in cutlass.range_constexpr(config.q_tiles):
                 if item.span(i).begin < item.span(i).end:
-                    self._finish(tmem[i], i, row, shared, rings, item, slot_of(i, laps))
+                    self._finish(tmem[i], i, row, shared, rings, slot_of(i, laps))
                     laps = lap_of(i, laps)
             item = self._item(shared, rings, at)
-        cute.arch.barrier_arrive(barrier_id=TMEM_BARRIER, number_of_threads=config.correction_threads + roles.WARP)
 
     @cute.jit
     def _rescale(self, tmem, factor):
@@ -825,7 +830,7 @@ class Sm100Forward:
         cute.arch.fence_view_async_tmem_store()
 
     @cute.jit
-    def _finish(self, tmem, i: cutlass.Constexpr[int], row, shared, rings, item, slot):
+    def _finish(self, tmem, i: cutlass.Constexpr[int], row, shared, rings, slot):
         """Normalises O of Q tile i on its way to shared memory.
 
         Waits for the rows' scales, for the last O and for the last output to have left; lets go of them and of O.
@@ -834,9 +839,6 @@ class Sm100Forward:
         rings.scales.wait(slot)
         scale = shared.scale[row, i]
         rings.scales.release(slot)
-        if const_expr(self.kinds.seqused_q):
-            row_of_item = (i * config.ctas + self._rank()) * config.tile_m + row
-            within = item.work.tile * config.positions + row_of_item // config.packed < item.sequence.seqlen_q
         rings.o.wait(slot)
         rings.out.acquire(slot)
         s_row = shared.out[opaque(row), None, i]  # else its 2 x 16 addresses are computed ahead, and spill
@@ -847,7 +849,8 @@ class Sm100Forward:
             for e in cutlass.range_constexpr(0, width, 2):
                 pair = cute.arch.mul_packed_f32x2((r_o[e], r_o[e + 1]), (scale, scale))
                 if const_expr(self.kinds.seqused_q):
-                    pair = (pair[0] if within else Float32(0.0), pair[1] if within else Float32(0.0))
+                    used = scale != NOT_IN_USE
+                    pair = (pair[0] if used else Float32(0.0), pair[1] if used else Float32(0.0))
                 words[e // 2] = pack(*pair, self.dtype)
             for e in cutlass.range_constexpr(0, width, 8):
                 chunk = cute.make_tensor(r_out.iterator + e, cute.make_layout(8))

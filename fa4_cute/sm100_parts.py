@@ -90,13 +90,22 @@ class Item(NamedTuple):
         return self.upper if i == 0 else self.lower
 
 
+class Place(NamedTuple):
+    """A softmax thread's row. use: 0 if the tensors have no such row, 1 if it takes no part (seqused_q), else 2."""
+
+    row: Int32
+    head: Int32
+    batch: Int32
+    use: Int32
+
+
 class SoftmaxState(NamedTuple):
-    """What stays the same over a softmax thread's tiles. warp: of the block."""
+    """What stays the same over a softmax thread's tiles. factor: where its row's goes, and the barrier it is behind."""
 
     i: Int32
     row: Int32
-    warp: Int32
+    factor: cute.Tensor
+    factor_barrier: cute.Pointer
     tmem: TmemRows
-    shared: Shared
     rings: Rings
     values: Values

@@ -15,6 +15,12 @@ def opaque(value: Int32) -> Int32:
     return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[value])
 
 
+def fixed(pointer: cute.Pointer) -> cute.Pointer:
+    """The pointer, its address computed here: compilers would do that where it is used, which may be a loop."""
+    address = opaque(Int32(pointer.toint()))
+    return cute.make_ptr(pointer.dtype, address, pointer.memspace, assumed_align=pointer.alignment)
+
+
 def ragged(tensor: cute.Tensor) -> cute.Tensor:
     """A (S, D, H, B) tensor as (2^30, D, H, B, end), in which TMA sees one sequence end.
 
