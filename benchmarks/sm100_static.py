@@ -251,19 +251,28 @@ def main(
 
 
 def show_events(found: dict[str, dict[str, Any]]) -> None:
-    """Prints the chains and periods of `events`, and what the longest path consists of."""
-    rows, paths = [], []
+    """Prints the chains and periods of `events`, how far the constants move them, and what the longest paths are."""
+    rows, ranges, paths = [], [], []
     for name, by_kernel in found.items():
         mine, alike, theirs = by_kernel.values()
+        others: dict[str, list[float]] = {"ours": [], "ours, its share": []}
         for what, a in mine.items():
-            if what not in ("path", "tiles"):
-                b, c = theirs[what], alike[what]
+            if what in ("path", "tiles"):
+                continue
+            b, c = theirs[what], alike[what]
+            if what.startswith(("S to O, half", "S to O, twice")):
+                others["ours"].append(a / b)
+                others["ours, its share"].append(c / b)
+            else:
                 rows.append([name, what, round(a), round(c), round(b), f"{a / b:.2f}", f"{c / b:.2f}"])
+        for kernel, ratios in others.items():
+            ranges.append([name, kernel, f"{min(ratios):.2f}", f"{max(ratios):.2f}"])
         for kernel, each in by_kernel.items():
             parts = ", ".join(f"{kind} {part:.0%}" for kind, part in each["path"].items() if part >= 0.03)
             paths.append([name, kernel, parts])
     header = ["event graph", "clocks", "ours", "ours, its share", "flash-attn-4", "ratio", "ratio at its share"]
     print(table(header, rows), "\n")
+    print(table(["S to O with a constant halved or doubled", "kernel", "lowest ratio", "highest ratio"], ranges), "\n")
     print(table(["event graph", "kernel", "longest path"], paths), "\n")
 
 
