@@ -762,10 +762,10 @@ class Sm100Forward:
             if const_expr(f == 0):
                 sums[0] = cute.arch.add_packed_f32x2(sums[0], (total * factor, Float32(0.0)))
             if const_expr((f + 1) * FRAGMENT == config.p_first):
-                cute.arch.fence_view_async_tmem_store()
-                rings.s.release(s_at)
                 # S is still there, but ptxas cannot know: else it computes the rest before handing over the first part.
                 there = cute.arch.mbarrier_test_wait(rings.s.full_barrier(s_at), s_at.phase)
+                cute.arch.fence_view_async_tmem_store()
+                rings.s.release(s_at)
                 scale = scale if there else Float32(0.0)
         cute.arch.fence_view_async_tmem_store()
         rings.p_rest.publish(s_at)
