@@ -2,7 +2,9 @@
 
 The operator takes raw arguments; the problem is built and checked inside it, at run time, so that traced code holds one
 opaque call and no guards on lengths or values. The floating-point values travel as one CPU tensor: `torch.compile`
-keeps the elements of a tensor dynamic, where it would specialise on a Python float handed to an operator.
+keeps the elements of a tensor dynamic, where it would specialise on a Python float handed to an operator. A CUDA graph,
+though, keeps that tensor's numbers: a call that has one goes through the overload `scored`, which the graphs that
+`torch.compile` makes leave out. Integers need none: it captures anew for each.
 Source for the registration: the PyTorch documentation, "torch.library" (Library.define, Library.impl, register_fake).
 """
 
@@ -27,12 +29,15 @@ _NUMBERS = (
     "SymInt? max_seqlen_q, SymInt? max_seqlen_k, Tensor? values, SymInt window_left, SymInt window_right, "
     "bool deterministic, str backend"
 )
-_LIBRARY.define(f"attention({_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor)")
-_LIBRARY.define(
-    f"attention_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, {_TENSORS}, {_NUMBERS})"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
+for _overload, _tags in (("", ()), (".scored", (torch.Tag.cudagraph_unsafe,))):
+    _LIBRARY.define(f"attention{_overload}({_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor)", tags=_tags)
+    _LIBRARY.define(
+        f"attention_backward{_overload}(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, {_TENSORS}, {_NUMBERS})"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        tags=_tags,
+    )
 _N_TENSORS = len(Inputs._fields)
+_VALUES_AT = _N_TENSORS + 2
 
 _NO_OTHERS = [None] * (_N_TENSORS - 3)
 
@@ -68,6 +73,11 @@ def pack_values(softmax_scale: float | None, softcap: float, rescale_threshold: 
     one = torch.ones((), dtype=torch.float64, device="cpu")
     scale = one * float("nan") if softmax_scale is None else one * softmax_scale
     return torch.stack((scale, one * softcap, one * rescale_threshold))
+
+
+def overload_for(operator: torch._ops.OpOverloadPacket, values: Tensor | None) -> torch._ops.OpOverload:
+    """The overload of an operator of the library `fa4` for a call with these `values`."""
+    return operator.default if values is None else operator.scored
 
 
 def problem_of(
@@ -193,9 +203,8 @@ class _Attention(torch.autograd.Function):
     def saved(ctx, args, out, lse):
         """Keeps what the backward needs, and passes the results on."""
         ctx.set_materialize_grads(False)
-        values_at = _N_TENSORS + 2
-        ctx.save_for_backward(out, lse, *args[:_N_TENSORS], args[values_at])
-        ctx.numbers = (*args[_N_TENSORS:values_at], *args[values_at + 1 :])
+        ctx.save_for_backward(out, lse, *args[:_N_TENSORS], args[_VALUES_AT])
+        ctx.numbers = (*args[_N_TENSORS:_VALUES_AT], *args[_VALUES_AT + 1 :])
         return out, lse
 
     @staticmethod
@@ -206,7 +215,8 @@ class _Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * 4 + nothing
         with torch.no_grad():
-            run = _backward if is_plain(dout, dlse, *tensors) else torch.ops.fa4.attention_backward
+            plain = is_plain(dout, dlse, *tensors)
+            run = _backward if plain else overload_for(torch.ops.fa4.attention_backward, values)
             grads = run(dout, dlse, out, lse, *tensors, max_seqlen_q, max_seqlen_k, values, *rest)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _Once.apply(len(grads), *grads, dout, dlse, *tensors[:4])
@@ -252,7 +262,7 @@ def _below_autograd(*args):
     if is_plain(*args[:_N_TENSORS]):
         return _forward(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fa4.attention(*args)
+        return overload_for(torch.ops.fa4.attention, args[_VALUES_AT])(*args)
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -278,7 +288,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def attention(*args):
     """`torch.ops.fa4.attention`, called without the dispatcher where only autograd would take part."""
     if not is_plain(*args[:_N_TENSORS]):
-        return torch.ops.fa4.attention(*args)
+        return overload_for(torch.ops.fa4.attention, args[_VALUES_AT])(*args)
     return _PlainAttention.apply(*args) if _needs_grad(*args) else _forward(*args)
 
 
@@ -298,19 +308,18 @@ def _outside_autocast(op: Callable, key: str, *args):
         return op(*args)
 
 
-def _autocast_forward(key: str, *args):
-    return _outside_autocast(torch.ops.fa4.attention, key, *autocast(Inputs(*args[:_N_TENSORS])), *args[_N_TENSORS:])
+def _autocast_forward(op: Callable, key: str, *args):
+    return _outside_autocast(op, key, *autocast(Inputs(*args[:_N_TENSORS])), *args[_N_TENSORS:])
 
 
-def _autocast_backward(key: str, *args):
-    return _outside_autocast(torch.ops.fa4.attention_backward, key, *args)
-
-
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("attention", _forward, _key)
-    _LIBRARY.impl("attention_backward", _backward, _key)
-    _LIBRARY.impl("attention", functools.partial(_autocast_forward, f"Autocast{_key}"), f"Autocast{_key}")
-    _LIBRARY.impl("attention_backward", functools.partial(_autocast_backward, f"Autocast{_key}"), f"Autocast{_key}")
-_LIBRARY.impl("attention", _differentiable, "Autograd")
-torch.library.register_fake("fa4::attention", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("fa4::attention_backward", _backward_fake, lib=_LIBRARY)
+for _name in ("default", "scored"):
+    _op, _backward_op = (getattr(o, _name) for o in (torch.ops.fa4.attention, torch.ops.fa4.attention_backward))
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_op, _forward, _key)
+        _LIBRARY.impl(_backward_op, _backward, _key)
+        _autocast = f"Autocast{_key}"
+        _LIBRARY.impl(_op, functools.partial(_autocast_forward, _op, _autocast), _autocast)
+        _LIBRARY.impl(_backward_op, functools.partial(_outside_autocast, _backward_op, _autocast), _autocast)
+    _LIBRARY.impl(_op, _differentiable, "Autograd")
+    torch.library.register_fake(_op, _forward_fake, lib=_LIBRARY)
+    torch.library.register_fake(_backward_op, _backward_fake, lib=_LIBRARY)

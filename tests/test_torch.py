@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dispatch
@@ -48,23 +50,28 @@ def operator_arguments(call, backend, requires_grad):
     )
 
 
+OVERLOADS = ("default", "scored")
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(target, case, requires_grad):
+@pytest.mark.parametrize("overload", OVERLOADS)
+def test_opcheck(target, case, requires_grad, overload):
     """Schema, autograd registration, fake kernels (shapes, dtypes and strides) and AOT dispatch."""
     arguments = operator_arguments(built(target, case), target.backend, requires_grad)
-    torch.library.opcheck(torch.ops.fa4.attention.default, arguments)
+    torch.library.opcheck(getattr(torch.ops.fa4.attention, overload), arguments)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_opcheck_backward(target, case):
+@pytest.mark.parametrize("overload", OVERLOADS)
+def test_opcheck_backward(target, case, overload):
     call = built(target, case)
     arguments = operator_arguments(call, target.backend, False)
     out, lse = torch.ops.fa4.attention(*arguments)
     checks = ("test_schema", "test_faketensor")
     for dout, dlse in ((call.dout.nan_to_num(), call.dlse.nan_to_num()), (None, call.dlse.nan_to_num())):
         torch.library.opcheck(
-            torch.ops.fa4.attention_backward.default, (dout, dlse, out, lse, *arguments), test_utils=checks
+            getattr(torch.ops.fa4.attention_backward, overload), (dout, dlse, out, lse, *arguments), test_utils=checks
         )
 
 
@@ -144,6 +151,52 @@ def test_plain_calls_compile_without_dynamic(target, counted):
         assert sink.grad.abs().sum() > 0
     # The first shape is static, the second makes the lengths dynamic for good: PyTorch's rule, not ours.
     assert counter.frame_count <= 2
+
+
+CHANGING = {
+    "softmax_scale": (0.25, 0.5, 0.125, 3, 2, 1),
+    "softcap": (5.0, 1.25, 30.0, 2, 7, 4),
+    "rescale_threshold": (4.0, 2.0, 0.5, 0.0, 1, 3),
+    "window": ((5, 7), (6, 9), (16, 2), (3, 4), (5, 7), (3, 4)),
+    "causal": (True, False, True),
+}
+"""Values of an option, call by call: `torch.compile` takes the first as fixed, and the second, too, where it has
+another type; from then on they change without a recompilation."""
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", CHANGING)
+def test_calls_with_a_float_stay_out_of_the_cuda_graphs_that_compile_makes(target, name, autocast):
+    """A replayed graph would go on with the number that it was captured with: silently wrong, forward and backward.
+
+    Others stay in: one is captured for each integer, and a bool is the compiled code's own.
+    """
+    called = []
+
+    def note(module, example_inputs):
+        targets = (node.target for node in module.graph.nodes if node.op == "call_function")
+        called.extend(t for t in targets if isinstance(t, torch._ops.OpOverload) and t.namespace == "fa4")
+        return make_boxed_func(module.forward)
+
+    def function(q, k, v, value):
+        return target(q, k, v, return_lse=True, deterministic=True, **{name: value})
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note)
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    q, k, v = dense(target, 20, 24)
+    dtype = torch.float16 if torch.float16 in target.dtypes else torch.bfloat16
+    with torch.autocast(target.device, dtype=dtype, enabled=autocast):
+        for value in CHANGING[name]:
+            results = []
+            for call in (compiled, function):
+                out, lse = call(q, k, v, value)
+                results.append([out, lse, *torch.autograd.grad([out, lse], [q, k, v], [out.detach(), lse.detach()])])
+            assert all(map(torch.equal, *results)), value
+    torch._dynamo.reset()
+    overload = "default" if name in ("window", "causal") else "scored"
+    assert {str(operator) for operator in called} == {f"fa4.attention{way}.{overload}" for way in ("", "_backward")}
+    assert all((torch.Tag.cudagraph_unsafe in operator.tags) == (overload == "scored") for operator in called)
 
 
 def test_autocast_casts_q_k_and_v(target):
@@ -284,3 +337,37 @@ def test_forward_and_backward_can_be_captured_in_a_cuda_graph(target):
     fresh = [t.detach().requires_grad_() for t in (other.q, other.k, other.v)]
     for got, want in zip(results, step(fresh, other.options)):
         assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CHANGING)
+def test_cuda_graphs_that_compile_makes_follow_every_value(target, name, monkeypatch):
+    """mode="reduce-overhead", forward and backward, against eager calls bit for bit.
+
+    A bool and an integer that came before are replayed: then nothing asks for a backend.
+    """
+    if target.device == "cpu":
+        pytest.skip("needs a GPU")
+    asked, real = [], ops.backend_of
+    monkeypatch.setattr(ops, "backend_of", lambda *args: asked.append(args) or real(*args))
+    q, k, v = dense(target, 70, 90, batch=2)
+    dout = torch.ones_like(q)
+
+    def function(q, k, v, value):
+        return target(q, k, v, return_lse=True, deterministic=True, **{name: value})
+
+    def step(call, value):
+        out, lse = call(q, k, v, value)
+        return [t.clone() for t in (out, lse, *torch.autograd.grad([out, lse], [q, k, v], [dout, lse.detach()]))]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True)
+    replayed = False
+    for value in CHANGING[name] * 3:
+        before = len(asked)
+        torch.compiler.cudagraph_mark_step_begin()
+        got = step(compiled, value)
+        replayed = len(asked) == before
+        assert all(map(torch.equal, got, step(function, value))), value
+    torch._dynamo.reset()
+    assert replayed == (name in ("window", "causal"))
