@@ -20,8 +20,15 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from benchmarks import sm100_costs, sm100_events, sm100_sass
+from benchmarks.sm100_events import Timing, report, timed
 from benchmarks.sm100_sass import Compiled, chain, cycles, ours, pipes, published, tmem_bytes
+from fa4_core.problem import Inputs, make_problem
 from fa4_cute.sm100_config import Exp2Share, Sm100Config
+from tests.emulator import published as package
+from tests.emulator.cute_backend import forward
+from tests.emulator.events import Graph, recording
+from tests.emulator.patching import replaced
 
 RESULT = Path(__file__).parent / "results" / "sm100_static.json"
 
@@ -48,10 +55,7 @@ class Case(NamedTuple):
 
     def problem(self, seqlen_q: int, seqlen_k: int):
         """The same inputs for flash-attn-4, and checked for our kernel."""
-        from fa4_core.problem import Inputs, make_problem
-        from tests.emulator.published import Problem
-
-        theirs = Problem(1, self.head_dim, seqlen_q, seqlen_k, causal=self.causal)
+        theirs = package.Problem(1, self.head_dim, seqlen_q, seqlen_k, causal=self.causal)
         inputs = Inputs(theirs.q, theirs.k, theirs.v)
         return theirs, inputs, make_problem(inputs, window_right=0 if self.causal else -1)
 
@@ -83,21 +87,22 @@ def static_rows(name: str, kernel: Compiled, case: Case, part: float = 0.75) -> 
     }
 
 
-def executed(case: Case, seqlen: int) -> dict[str, dict[str, dict[str, int]]]:
-    """Both kernels on the same inputs in the emulator: PTX instructions, waits and bytes by role."""
-    from tests.emulator import launcher, machine
-    from tests.emulator import published as package
+ROLES = {"softmax": range(8), "correction": range(8, 12), "MMA": range(12, 13), "store": range(13, 14),
+         "load": range(14, 15)}  # fmt: skip
+"""Warps of both kernels' roles."""
 
-    roles = {"softmax": range(8), "correction": range(8, 12), "MMA": range(12, 13), "store": range(13, 14),
-             "load": range(14, 15)}  # fmt: skip
-    counted: dict[int, collections.Counter] = collections.defaultdict(collections.Counter)
 
-    def count(frame, instruction, length: int) -> None:
-        for warp in range(frame.lo, frame.hi):
-            tally = counted[warp]
-            tally["instructions"] += length
-            op = instruction.op
-            if length > 1:
+def executed(graph: Graph) -> dict[str, dict[str, int]]:
+    """What the warps of each role did: PTX instructions, waits, and bytes."""
+    found: dict[str, collections.Counter] = {role: collections.Counter() for role in ROLES}
+    for (_, warp), steps in graph.steps.items():
+        tally = next((found[role] for role, warps in ROLES.items() if warp in warps), collections.Counter())
+        for step in steps:
+            node = graph.program.nodes[step.pc]
+            assert node is not None
+            op = node.instruction.op
+            tally["instructions"] += node.next_pc - node.pc
+            if step.skipped:
                 continue
             if op.startswith(("mbarrier.try_wait", "bar.sync", "barrier")):
                 tally["waits"] += 1
@@ -106,106 +111,46 @@ def executed(case: Case, seqlen: int) -> dict[str, dict[str, dict[str, int]]]:
             elif op.startswith(("ld.shared", "st.shared")):
                 parts = int(vector[1]) if (vector := re.search(r"\.v(\d)", op)) else 1
                 tally["shared bytes"] += 32 * parts * int(re.search(r"(\d+)$", op)[1]) // 8  # type: ignore[index]
-
-    class Counting(machine.Machine):
-        """A machine that counts what each warp completes."""
-
-        def _branch(self, group, node):
-            count(group.frame, node.instruction, 1)
-            return super()._branch(group, node)
-
-        def _handle(self, group, node, mask):
-            frame, before = group.frame, group.pc
-            going = super()._handle(group, node, mask)
-            if group.pc != before:
-                count(frame, node.instruction, 1)
-            return going
-
-    def run(call) -> dict[str, dict[str, int]]:
-        counted.clear()
-        call()
-        return {role: dict(sum((counted[w] for w in warps), collections.Counter())) for role, warps in roles.items()}
-
-    problem, inputs, checked = case.problem(seqlen, seqlen)
-    original, launcher.Machine = launcher.Machine, Counting  # type: ignore[misc]
-    try:
-        from tests.emulator.cute_backend import forward, kernel, request_of
-
-        config, pair = case.config(), case.ctas == 2
-        _count_runs(kernel(request_of(checked, inputs, "sm_100a", config))[0], count)
-        mine = run(lambda: forward(checked, inputs, "sm_100a", config, programs=case.ctas, races=False))
-        choices = {"head_dim": case.head_dim, "group": 1, "causal": case.causal, "pack": False, "pair": pair}
-        program = launcher.load_program(package.artifacts("forward_sm100", **choices)[0])
-        _count_runs(program, count)
-        theirs = run(lambda: package.forward(problem, sm100=True, pair=pair, program=program, check=False, races=False))
-    finally:
-        launcher.Machine = original  # type: ignore[misc]
-    return {"ours": mine, "flash-attn-4": theirs}
+    return {role: dict(tally) for role, tally in found.items()}
 
 
-def _count_runs(program, count) -> None:
-    """Makes a program's straight-line runs report themselves."""
+def recorded(case: Case, kernel: Compiled, config: Sm100Config | None, items: int, keys: int) -> tuple[Graph, Timing]:
+    """The event graph of a launch on so many items of each CTA, and its times. config: our kernel's, or None."""
+    graph = launched(case, config, 256 * case.ctas * items, keys)
+    return graph, timed(graph, inner_loops(kernel, case))
 
-    class Run:
-        def __init__(self, run, length: int, instruction) -> None:
-            self.run, self.length, self.instruction = run, length, instruction
 
-        def full(self, frame, mask):
-            count(frame, self.instruction, self.length)
-            return self.run.full(frame, mask)
-
-        def masked(self, frame, mask):
-            count(frame, self.instruction, self.length)
-            return self.run.masked(frame, mask)
-
-        def __getattr__(self, name: str):
-            return getattr(self.run, name)
-
-    for node in program.nodes:
-        if node is not None and node.run is not None and not isinstance(node.run, Run):
-            node.run = Run(node.run, node.next_pc - node.pc, node.instruction)
+def launched(case: Case, config: Sm100Config | None, seqlen_q: int, seqlen_k: int) -> Graph:
+    """What happened in a launch of our kernel on one SM (two, for pairs), or without a config of flash-attn-4's."""
+    theirs, inputs, checked = case.problem(seqlen_q, seqlen_k)
+    with recording() as graphs:
+        if config:
+            forward(checked, inputs, "sm_100a", config, programs=case.ctas, races=False)
+        else:
+            package.forward(theirs, sm100=True, pair=case.ctas == 2, check=False, races=False)
+    return graphs[0]
 
 
 def events(case: Case, compiled: dict[str, Compiled], configs: dict[str, Sm100Config]) -> dict[str, dict[str, Any]]:
     """The event graphs of each kernel: of one item of every CTA on 2048 keys, and of four items on 1024 keys, the whole
     launch on one SM (two, for a pair): flash-attn-4's CTAs, which have one item each, one after the other."""
-    from benchmarks.sm100_events import report, timed
-    from tests.emulator.cute_backend import forward
-    from tests.emulator.events import recording
-    from tests.emulator.patching import replaced
-    from tests.emulator.published import forward as published_forward
-
     found: dict[str, dict[str, Any]] = {}
-    recorded = {}
-    pair = case.ctas == 2
-    for items, keys in ((1, 2048), (4, 1024)):
-        theirs, inputs, checked = case.problem(256 * case.ctas * items, keys)
-        for name, kernel in compiled.items():
-            with recording() as graphs:
-                if name in configs:
-                    forward(checked, inputs, "sm_100a", configs[name], programs=case.ctas, races=False)
-                else:
-                    published_forward(theirs, sm100=True, pair=pair, check=False, races=False)
-            loops = inner_loops(kernel, case)
-            timing = timed(graphs[0], loops)
-            if items == 1:
-                recorded[name] = graphs[0], loops
-                found[name] = report(graphs[0], timing)
-                lower = report(graphs[0], timed(graphs[0], loops, turns=False))
-                found[name] |= {f"{what}, lower warp first": lower[what] for what in ("S to O", "period")}
-            else:
-                found[name]["four items"] = sum(timing.ends.values()) / case.ctas
-    for what, places in other_constants().items():
-        with replaced(places):
-            for name, (graph, loops) in recorded.items():
+    for name, kernel in compiled.items():
+        loops = inner_loops(kernel, case)
+        graph, timing = recorded(case, kernel, configs.get(name), 1, 2048)
+        found[name] = report(graph, timing)
+        lower = report(graph, timed(graph, loops, turns=False))
+        found[name] |= {f"{what}, lower warp first": lower[what] for what in ("S to O", "period")}
+        _, four = recorded(case, kernel, configs.get(name), 4, 1024)
+        found[name]["four items"] = sum(four.ends.values()) / case.ctas
+        for what, places in other_constants().items():
+            with replaced(places):
                 found[name][f"S to O, {what}"] = report(graph, timed(graph, loops))["S to O"]
     return found
 
 
 def other_constants() -> dict[str, dict[tuple[Any, str], Any]]:
     """Each of the assumed constants halved and doubled: what `replaced` takes."""
-    from benchmarks import sm100_costs, sm100_events, sm100_sass
-
     found: dict[str, dict[tuple[Any, str], Any]] = {}
     for factor, word in ((0.5, "half"), (2, "twice")):
         for name, words in (("HANDOVER", "hand-over"), ("L2_LATENCY", "L2 latency"), ("L2_BYTES", "L2 rate")):
@@ -236,14 +181,20 @@ def main(
         compiled["flash-attn-4"] = published(case.head_dim, case.causal, case.ctas == 2)
         result["loops"][case.name] = [static_rows(name, kernel, case) for name, kernel in compiled.items()]
         if seqlen:
-            result["executed"][case.name] = executed(case, seqlen)
+            kernels = {"ours": configs["ours"], "flash-attn-4": None}
+            result["executed"][case.name] = {
+                name: executed(launched(case, config, seqlen, seqlen)) for name, config in kernels.items()
+            }
             result["events"][case.name] = events(case, compiled, configs)
     if sweep:
         for case in (Case(64, False), Case(128, False)):
             for share in (Exp2Share(), case.published_share, Exp2Share(16, last=3), Exp2Share(16), Exp2Share(10)):
                 for p_first in (64, 96):
                     config = case.config(share=share, p_first=p_first)
-                    row = static_rows("ours", ours(case.head_dim, False, config), case, p_first / 128)
+                    kernel = ours(case.head_dim, False, config)
+                    row = static_rows("ours", kernel, case, p_first / 128)
+                    if seqlen:
+                        row["events"] = report(*recorded(case, kernel, config, 1, 2048))
                     where = f"{share.fraction(128):.1%} in fragments {share.first} to {share.last - 1}"
                     result["sweep"][f"D{case.head_dim}, {where}, {p_first}"] = row
     out.write_text(json.dumps(result, indent=1))
@@ -303,8 +254,10 @@ def show(result: dict[str, Any]) -> None:
         clocks = row["cycles"]
         rows.append(
             [name, *(round(clocks[u]) for u in units), round(max(clocks.values())), round(row["chain"]["S to O"])]
+            + [round(row["events"][what]) for what in ("S to O", "period") if "events" in row]
         )
-    print(table(["emulated share, first columns of P", *units, "bound", "S to O"], rows), "\n")
+    header = ["emulated share, first columns of P", *units, "bound", "S to O", "in the graph", "period"]
+    print(table(header, rows), "\n")
     rows = []
     for name, pair in result["executed"].items():
         for role in pair["ours"]:
