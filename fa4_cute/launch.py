@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fa4_core import backends
+from fa4_core.lasting import make_lasting
 from fa4_core.problem import Inputs, Kinds, Problem
 from fa4_cute import kernels
 
@@ -146,4 +147,4 @@ def _counter(device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _stream_counter(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(2, dtype=torch.int32, device=device)
+    return make_lasting(lambda: torch.zeros(2, dtype=torch.int32, device=device), device)

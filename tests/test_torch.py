@@ -277,6 +277,37 @@ def test_modules_export():
     assert torch.equal(program.module()(q, q, q), attention(q, q, q, causal=True))
 
 
+def test_the_counter_that_the_cute_backend_keeps_belongs_to_no_mode_of_the_first_caller():
+    """Nor to its memory pool, which a CPU does not have: seen through what comes with it, a thread's modes."""
+    launch = pytest.importorskip("fa4_cute.launch")
+    with torch.inference_mode():
+        counter = launch._stream_counter.__wrapped__(torch.device("cpu"), 0)
+    assert not counter.is_inference()
+    assert counter.tolist() == [0, 0]
+
+
+@pytest.mark.gpu
+def test_the_counter_that_the_cute_backend_keeps_comes_from_no_pool_of_the_first_caller(target):
+    """torch.compile's warm-up for CUDA graphs gives its pool's memory to others: blocks would draw wild work items."""
+    if target.backend != "cute":
+        pytest.skip("needs a GPU that the cute backend serves")
+    from test_kvcache_kept import pool_of
+
+    from fa4_cute import launch
+
+    launch._stream_counter.cache_clear()
+    q = torch.randn(1, 300, 2, 64, dtype=torch.float16, device=target.device)
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        out = target(q, q, q, causal=True)
+    assert pool_of(out) == tuple(pool.id)  # or the test would say nothing
+    assert launch._stream_counter.cache_info().currsize == 1
+    counter = launch._stream_counter(q.device, torch._C._cuda_getCurrentRawStream(q.device.index))
+    assert launch._stream_counter.cache_info().currsize == 1
+    assert pool_of(counter) == (0, 0)
+    assert torch.equal(out, target(q, q, q, causal=True))
+
+
 PACKED = Case(
     dtype=torch.float16, head_dim=64, head_dim_v=64, heads_q=4, varlen=True, lengths=((100, 130), (70, 90)),
     used=((90, 70), (130, 80)), causal=True, softcap=5.0, sink="normal", deterministic=True,
