@@ -217,15 +217,17 @@ def test_nothing_crosses_a_sequence_or_a_row():
     assert rows.nonzero().flatten().tolist() == [100]
 
 
-def test_dense_is_varlen_and_no_block_count_or_schedule_changes_a_bit():
+@pytest.mark.parametrize(("head_dim", "heads", "causal"), [(64, 2, True), (128, 4, False)])
+def test_dense_is_varlen_and_no_block_count_or_schedule_changes_a_bit(head_dim, heads, causal):
+    """At head_dim 128 the dense layout is computed by pairs of CTAs, the packed one by single ones."""
     g = torch.Generator().manual_seed(2)
-    q, k, v = (torch.randn(1, 300, 2, 64, generator=g).bfloat16() for _ in range(3))
+    q, k, v = (torch.randn(1, 300, n, head_dim, generator=g).bfloat16() for n in (heads, 2, 2))
     cu = torch.tensor([0, 300], dtype=torch.int32)
     results = []
     for seed, programs in ((0, 1), (1, 2), (2, 4)):
         with emulated_cute(ARCH, seed=seed, programs=programs):
-            results.append(attention(q, k, v, causal=True, return_lse=True))
-            packed = attention(q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, causal=True, return_lse=True)
+            results.append(attention(q, k, v, causal=causal, return_lse=True))
+            packed = attention(q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, causal=causal, return_lse=True)
             results.append((packed[0][None], packed[1][None]))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
