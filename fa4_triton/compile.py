@@ -8,6 +8,8 @@ The same path compiles for GPUs that are not there, which the tests use.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from fa4_triton.steps import Strided
 POINTER_ALIGNMENT = 16
 STRIDE_ALIGNMENT = 8
 """Bytes and elements that an "aligned" kernel may assume; 8 elements are 16 bytes or more in every dtype."""
+
+_compiling = threading.Lock()
 
 _POINTERS = {
     torch.float16: "*fp16",
@@ -115,6 +119,24 @@ def compile_kernel(
     source = ASTSource(kernel, types, signature.constants, signature.attributes)
     # Multiplications and additions are fused under every version: from 3.10 on Triton does not unless asked to.
     return triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
+
+
+def loaded_once(
+    kept: dict[tuple, CompiledKernel],
+    layout: tuple,
+    device: torch.device,
+    make: Callable[..., CompiledKernel],
+    *args: Any,
+) -> CompiledKernel:
+    """kept[layout]; the first host thread that asks for it compiles it by make(*args) and loads it on `device`."""
+    with _compiling, torch.cuda.device(device):
+        compiled = kept.get(layout)
+        if compiled is None:
+            compiled = make(*args)
+            # Triton loads at first use, one attribute after the other: another thread could find it half done.
+            _ = compiled.run
+            kept[layout] = compiled
+        return compiled
 
 
 def run_compiled(compiled: CompiledKernel, grid: int, index: int, args: tuple) -> None:

@@ -7,7 +7,6 @@ but for the pointers, grid, compiled kernel) is made once and kept.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,13 +21,12 @@ from fa4_triton import interpreted
 from fa4_triton import launch as host
 from fa4_triton.append import append_rows
 from fa4_triton.cache_tiles import MAX_ROWS, CacheTile, decode_tile, prefill_tile
-from fa4_triton.compile import POINTER_ALIGNMENT, STRIDE_ALIGNMENT, compile_kernel, named, run_compiled
+from fa4_triton.compile import POINTER_ALIGNMENT, STRIDE_ALIGNMENT, compile_kernel, loaded_once, named, run_compiled
 from fa4_triton.decode import MOST_CHUNKS, attention_decode
 from fa4_triton.prefill import attention_prefill
 from fa4_triton.work_space import work_space
 
 APPEND_TILE = CacheTile(16, 0, 4, 1)
-_compiling = threading.Lock()
 
 
 class _Plan(NamedTuple):
@@ -66,20 +64,10 @@ def _launch(plan: _Plan, device: torch.device, grid: int, arguments: Arguments, 
     if interpreted():
         plan.kernel[(grid,)](*named(plan.kernel, arguments(False)), **plan.constants)
         return
-    compiled = plan.compiled.get(layout) or _compiled(plan, device, arguments, layout)
+    compiled = plan.compiled.get(layout) or loaded_once(
+        plan.compiled, layout, device, compile_planned, plan, arguments(False), host.target_of(device), layout
+    )
     run_compiled(compiled, grid, device.index, (*arguments(True), *plan.constants.values()))
-
-
-def _compiled(plan: _Plan, device: torch.device, arguments: Arguments, layout: tuple) -> CompiledKernel:
-    """The plan's kernel for a layout, compiled by the first host thread that asks, and loaded."""
-    with _compiling, torch.cuda.device(device):
-        compiled = plan.compiled.get(layout)
-        if compiled is None:
-            compiled = compile_planned(plan, arguments(False), host.target_of(device), layout)
-            # Triton loads at first use, one attribute after the other: another thread could find it half done.
-            _ = compiled.run
-            plan.compiled[layout] = compiled
-        return compiled
 
 
 @functools.cache

@@ -22,7 +22,14 @@ from fa4_core.backends import Gradients
 from fa4_core.problem import Inputs, Kinds, Problem
 from fa4_triton import interpreted
 from fa4_triton.backward import attention_backward_kv, attention_backward_q, row_slopes
-from fa4_triton.compile import STRIDE_ALIGNMENT, compile_kernel, named, pointers_are_aligned, run_compiled
+from fa4_triton.compile import (
+    STRIDE_ALIGNMENT,
+    compile_kernel,
+    loaded_once,
+    named,
+    pointers_are_aligned,
+    run_compiled,
+)
 from fa4_triton.forward import attention_forward
 from fa4_triton.steps import Statistics, Strided
 from fa4_triton.tiles import Tile, tile_for
@@ -205,10 +212,9 @@ def _launch(kernel: Any, plan: _Plan, device: torch.device, grid: int, args: tup
     if interpreted():
         kernel[(grid,)](*named(kernel, args), **plan.constants)
         return
-    compiled = plan.compiled.get(layout)
-    if compiled is None:
-        with torch.cuda.device(device):
-            compiled = plan.compiled[layout] = compile_planned(kernel, plan, args, target_of(device), layout)
+    compiled = plan.compiled.get(layout) or loaded_once(
+        plan.compiled, layout, device, compile_planned, kernel, plan, args, target_of(device), layout
+    )
     run_compiled(compiled, grid, device.index, (*args, *plan.constants.values()))
 
 
