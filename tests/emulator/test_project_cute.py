@@ -247,9 +247,25 @@ def test_hidden_tiles_are_never_visited():
         assert (counts[0, 0, :, 0].numpy()[~seen] == -1).all()
 
 
+_PACKED = (
+    {"lengths": ((0, 70), (900, 500), (0, 70), (0, 0), (0, 3), (600, 900)), "tail": (3, 0)},
+    {"lengths": ((300, 257),) * 2, "tail": (0, 70)},
+)
 COVERING = {
     "full-gqa-128": ({"lengths": ((900, 500),)}, {"lengths": ((300, 200),)}),
     "causal-gqa-128": ({"lengths": ((900, 500),)}, {"lengths": ((384, 1184),)}),
+    "causal-192": ({"lengths": ((900, 500),)}, {"lengths": ((300, 257),) * 3}, {"lengths": ((384, 1184),)}),
+    "varlen-causal-64": _PACKED,
+    "varlen-causal-64, taking over": _PACKED,
+    "varlen-window-used-gqa-64": (
+        {
+            "lengths": ((0, 3),) * 3 + ((100, 700),) * 2,
+            "used": ((0, 0, 0, 100, 70), (1, 1, 1, 0, 690)),
+            "window": (300, 130),
+            "tail": (3, 0),
+        },
+        {"lengths": ((200, 700), (140, 600)), "used": ((200, 130), (700, 600)), "window": (130, 20)},
+    ),
     "window-softcap-sink-64": (
         {"lengths": ((700, 500),), "window": (200, 130)},
         {"lengths": ((600, 640),), "window": (40, 300)},
@@ -265,11 +281,13 @@ COVERING = {
 def test_every_barrier_and_memory_instruction_runs(name):
     """In a few cases chosen for it, with rescales on most tiles: a path that no test takes is one that none checks."""
     results = []
+    feature, _, variant = name.partition(", ")
+    fixed = {"head_dim_v": FEATURES[feature]["head_dim"], **FEATURES[feature]}
+    options = {"config": taking_over(), "resident": 2} if variant else {"programs": 2}
     for chosen in COVERING[name]:
-        case = Case(**{"head_dim_v": FEATURES[name]["head_dim"], **FEATURES[name], **chosen}, scores="large",
-                    rescale_threshold=0.0, seed=3)  # fmt: skip
+        case = Case(**{**fixed, **chosen}, scores="large", rescale_threshold=0.0, seed=3)
         call = case.build("cpu")
-        with emulated_cute(ARCH, seed=2, programs=2, observe=lambda request, result: results.append(result)):
+        with emulated_cute(ARCH, seed=2, observe=lambda request, result: results.append(result), **options):
             check_forward(attention, call.q, call.k, call.v, **call.options).require()
     missed = set.intersection(*(set(result.not_executed()) for result in results))
     missed = sorted(text for text in missed if "ld.param" not in text)
