@@ -148,7 +148,8 @@ def span_of(cu, used, sequence, rows, batch):
         start = tl.load(cu + sequence, mask=sequence <= batch, other=rows)
         start = tl.minimum(tl.maximum(start, 0), rows)
         end = tl.load(cu + sequence + 1, mask=sequence < batch, other=rows)
-        room = tl.maximum(tl.minimum(end, rows) - start, 0)
+        # Clamped before the difference, which could wrap around.
+        room = tl.minimum(tl.maximum(end, start), rows) - start
     if used is None:
         length = room
     else:
