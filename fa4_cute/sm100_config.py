@@ -37,14 +37,14 @@ LOAD_WARP = 14
 WARPS = 16
 """The last one is the scheduler's."""
 
-HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128))
+HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 """(head_dim, head_dim_v) that kernels are made for; others are padded with zeros to the first pair that holds them."""
 DTYPES = (torch.float16, torch.bfloat16)
 
 
-def padded(head_dim: int, head_dim_v: int) -> tuple[int, int] | None:
-    """The pair of `HEAD_DIMS` that holds (head_dim, head_dim_v), or None."""
-    return next((pair for pair in HEAD_DIMS if head_dim <= pair[0] and head_dim_v <= pair[1]), None)
+def padded(head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """The pair of `HEAD_DIMS` that holds (head_dim, head_dim_v), each up to 256."""
+    return next(pair for pair in HEAD_DIMS if head_dim <= pair[0] and head_dim_v <= pair[1])
 
 
 def missing(kinds: Kinds) -> tuple[str, ...]:
@@ -52,8 +52,6 @@ def missing(kinds: Kinds) -> tuple[str, ...]:
     lacks = []
     if kinds.dtype not in DTYPES:
         lacks.append(f"dtype {kinds.dtype}")
-    if padded(kinds.head_dim, kinds.head_dim_v) is None:
-        lacks.append(f"head_dim {kinds.head_dim} with head_dim_v {kinds.head_dim_v} (up to 128, and 192 with 128)")
     if kinds.paged:
         lacks.append("paged KV (page_table)")
     return tuple(lacks)
@@ -106,7 +104,6 @@ class Sm100Config:
     registers_other: int = 48
     tile_m: int = TILE_M
     tile_n: int = 128
-    q_tiles: int = 2
 
     def __post_init__(self) -> None:
         if (self.head_dim, self.head_dim_v) not in HEAD_DIMS:
@@ -141,11 +138,16 @@ class Sm100Config:
         """Query positions of a work item."""
         return self.q_tiles * self.tile_positions
 
+    @property
+    def q_tiles(self) -> int:
+        """Q tiles in flight: two in turns, or one, whose O leaves no room for another and whose S has two places."""
+        return 1 if self.head_dim_v > 128 else 2
+
     # Tensor memory, in columns of 32 bits. P lies in the second half of S: it is written when S has been read.
     @property
     def s_columns(self) -> tuple[int, ...]:
-        """First column of S, one for each Q tile."""
-        return tuple(self.tile_n * i for i in range(self.q_tiles))
+        """First column of S, one for each Q tile, or for every other key tile of the one."""
+        return (0, self.tile_n)
 
     @property
     def p_offset(self) -> int:
@@ -155,7 +157,7 @@ class Sm100Config:
     @property
     def o_columns(self) -> tuple[int, ...]:
         """First column of O, one for each Q tile."""
-        return tuple(self.tile_n * self.q_tiles + self.head_dim_v * i for i in range(self.q_tiles))
+        return tuple(2 * self.tile_n + self.head_dim_v * i for i in range(self.q_tiles))
 
     # Shared memory, in bytes. K and V share one ring's slots. Where Q leaves too little room, O is staged in its place,
     # and K and V come in parts, so that what an MMA has read makes room before the rest of its tile does.
@@ -197,7 +199,7 @@ class Sm100Config:
     @property
     def row_bytes(self) -> int:
         """A row's factor and its final scale."""
-        return 2 * 4 * self.q_tiles * self.tile_m
+        return 2 * 4 * 2 * self.tile_m
 
     @property
     def k_parts(self) -> int:
@@ -206,8 +208,8 @@ class Sm100Config:
 
     @property
     def v_parts(self) -> int:
-        """Parts of a V tile, of so many keys each: 1, or such as to hold 64 keys."""
-        return self.tile_n // 64 if self.o_replaces_q else 1
+        """Parts of a V tile, of so many keys each: 1, or such as to take what a part of K does."""
+        return self.v_bytes * self.k_parts // self.k_bytes if self.o_replaces_q else 1
 
     @property
     def slot_bytes(self) -> int:
@@ -262,7 +264,6 @@ def config_for(kinds: Kinds, capability: tuple[int, int]) -> Sm100Config:
     capability: the device's; 10.3 has twice the special-function rate, so no exponential is emulated there.
     """
     pair = padded(kinds.head_dim, kinds.head_dim_v)
-    assert pair is not None
     share = Exp2Share() if capability >= (10, 3) else Exp2Share(period=16)
     packed = kinds.group if TILE_M % kinds.group == 0 else 1
     masked = kinds.window_left or kinds.window_right

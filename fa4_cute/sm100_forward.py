@@ -244,7 +244,7 @@ class Sm100Forward:
         )
         answer = memory.allocate_array(Int32, 4, byte_alignment=16)
         tmem_address = memory.allocate_array(Int32, 1)
-        rows = cute.make_layout((config.tile_m, config.q_tiles))
+        rows = cute.make_layout((config.tile_m, 2))
         s_items = cute.make_tensor(memory.allocate_array(Int32, ITEM_WORDS), cute.make_layout(ITEM_WORDS))
         s_factor = cute.make_tensor(memory.allocate_array(Float32, cute.size(rows)), rows)
         s_scale = cute.make_tensor(memory.allocate_array(Float32, cute.size(rows)), rows)
@@ -269,13 +269,20 @@ class Sm100Forward:
             self.softmax(mma_s, shared, rings, values, outputs, sink)
         elif warp < roles.MMA_WARP:
             cute.arch.setmaxregister_decrease(config.registers_correction)
-            self.correct(mma_o, shared, rings)
+            if const_expr(config.q_tiles == 1):
+                self.correct_one(mma_o, shared, rings)
+            else:
+                self.correct(mma_o, shared, rings)
         else:
             cute.arch.setmaxregister_decrease(config.registers_other)
             if warp == roles.MMA_WARP:
                 cute.arch.alloc_tmem(roles.TMEM_COLUMNS, tmem_address, is_two_cta=config.ctas == 2)
                 address = cute.arch.retrieve_tmem_ptr(Float32, 16, tmem_address)
-                self.multiply(mma_s, mma_o, shared, rings, address)
+                operands = self._operands(mma_s, mma_o, shared, address)
+                if const_expr(config.q_tiles == 1):
+                    self.multiply_one(operands, shared, rings)
+                else:
+                    self.multiply(operands, shared, rings)
                 cute.arch.relinquish_tmem_alloc_permit(is_two_cta=config.ctas == 2)
             elif warp == roles.STORE_WARP:
                 self.store(maps, shared, rings)
@@ -328,13 +335,15 @@ class Sm100Forward:
             sequence = sequence_of(work.batch, lengths, extent)
             first_row = work.tile * config.positions
             upper = self._span(sequence, window, first_row)
-            lower = self._span(sequence, window, first_row + config.tile_positions)
+            lower = Span(Int32(0), Int32(0), Int32(0), Int32(0))
+            if const_expr(config.q_tiles == 2):
+                lower = self._span(sequence, window, first_row + config.tile_positions)
             begin, end = upper.begin, cutlass.max(upper.end, lower.end)
             if const_expr(not self.sees_all):
                 if upper.begin == upper.end:
                     begin = lower.begin
                     self._write_unseen(outputs, sink, work, sequence, first_row)
-                if lower.begin == lower.end:
+                if lower.begin == lower.end and config.q_tiles == 2:
                     self._write_unseen(outputs, sink, work, sequence, first_row + config.tile_positions)
             if begin < end:
                 self._publish(shared, rings, at, (Int32(1), *work, *sequence, begin, end, *upper, *lower))
@@ -439,8 +448,8 @@ class Sm100Forward:
     def load(self, mma_s, mma_o, maps, shared, rings):
         """The load warp. Waits for empty slots of `q` and `kv`; TMA completes their full barriers.
 
-        Order of an item: K(end-1), Q, V(end-1), K(end-2), V(end-2), ... V(begin), running ahead of the MMAs by the
-        ring's slots and across items.
+        Order of an item: K(end-1), Q, V(end-1), K(end-2), V(end-2), ... V(begin); of a single Q tile, each V behind the
+        next K. Runs ahead of the MMAs by the ring's slots and across items.
         """
         config = self.config
         for atom in (maps.q, maps.k, maps.v, maps.out):
@@ -475,11 +484,15 @@ class Sm100Forward:
                     q_tile = t_gq[None, config.q_tiles * work.tile + i]
                     self._load(rings.q, slot_of(i, q_laps), maps.q, q_tile, t_sq, config.q_bytes)
                     q_laps = lap_of(i, q_laps)
-            kv_at = self._load_v(rings.kv, kv_at, maps.v, t_gv, t_sv, item.end - 1)
+            if const_expr(config.q_tiles == 2):
+                kv_at = self._load_v(rings.kv, kv_at, maps.v, t_gv, t_sv, item.end - 1)
             for n in cutlass.range(item.end - item.begin - 1, unroll=1):
                 tile = item.end - 2 - n
                 kv_at = self._load_k(rings.kv, kv_at, maps.k, t_gk, t_sk, tile)
-                kv_at = self._load_v(rings.kv, kv_at, maps.v, t_gv, t_sv, tile)
+                v_tile = tile if const_expr(config.q_tiles == 2) else tile + 1
+                kv_at = self._load_v(rings.kv, kv_at, maps.v, t_gv, t_sv, v_tile)
+            if const_expr(config.q_tiles == 1):
+                kv_at = self._load_v(rings.kv, kv_at, maps.v, t_gv, t_sv, item.begin)
             item = self._item(shared, rings, at)
         if const_expr(config.ctas > 1):  # the last MMAs' commits reach both blocks before one leaves
             for _ in cutlass.range(config.kv_slots, unroll=1):
@@ -515,7 +528,7 @@ class Sm100Forward:
     # MMA -------------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def multiply(self, mma_s, mma_o, shared, rings, tmem):
+    def multiply(self, operands, shared, rings):
         """The MMA warp. Waits for Q, K and V, and for P with O rescaled; commits complete `s`, `o` and the empty slots.
 
         In turns over the Q tiles, O += P V of key tile n, then S of key tile n - 1, which may overwrite that P: MMAs of
@@ -523,7 +536,6 @@ class Sm100Forward:
         """
         config, kv = self.config, rings.kv
         k_parts, v_parts = config.k_parts, config.v_parts
-        operands = self._operands(mma_s, mma_o, shared, tmem)
         rank = self._rank()
         # Edges of a window shift from one Q tile to the next: the upper one begins later, the lower one ends earlier.
         left, right = self.kinds.window_left, self.kinds.window_right
@@ -573,6 +585,30 @@ class Sm100Forward:
                         q_laps = self._scores(operands, rings, i, item.span(i), item.end - 1, k_at, q_laps, True)
                 kv_at = kv.release_parts(k_at, k_parts)
 
+    @cute.jit
+    def multiply_one(self, operands, shared, rings):
+        """As `multiply`, for a single Q tile: S of key tile n - 1, into its other place, then O += P V of tile n.
+
+        So the tensor cores work on the next S while softmax works on this one. K and V are let go of part by part.
+        """
+        at, kv_at, s_at, q_laps = rings.items.start(), rings.kv.start(), rings.s.start(), Int32(0)
+        item = self._item(shared, rings, at)
+        while item.valid:
+            at = rings.items.next(at)
+            rings.q.wait(slot_of(0, q_laps))
+            q_laps = lap_of(0, q_laps)
+            kv_at = self._issue_s(operands, rings, 0, s_at.index, kv_at)
+            for n in cutlass.range(item.end - item.begin - 1, unroll=1):
+                following = rings.s.next(s_at)
+                kv_at = self._issue_s(operands, rings, 0, following.index, kv_at)
+                kv_at = self._issue_o(operands, rings, 0, s_at, kv_at, n > 0)
+                rings.o.publish_by_mma(s_at.index)
+                s_at = following
+            kv_at = self._issue_o(operands, rings, 0, s_at, kv_at, item.end - item.begin > 1)
+            rings.o.publish_by_mma(s_at.index)
+            s_at = rings.s.next(s_at)
+            item = self._item(shared, rings, at)
+
     def _operands(self, mma_s, mma_o, shared, tmem):
         """Descriptors of shared memory and addresses of tensor memory, as the MMAs take them.
 
@@ -609,19 +645,7 @@ class Sm100Forward:
                 if tile == span.end - 1:
                     rings.q.wait(slot_of(i, q_laps))
                     q_laps = lap_of(i, q_laps)
-            mma_s, _ = self._mmas()
-            slot = i
-            if const_expr(self.config.head_dim > 128):
-                # Plus zero, which ptxas cannot know: it would keep Q's 24 descriptors of two words, and spill.
-                slot = i + (k_at.index >> 5)
-            steps = cute.size(operands.k, mode=[2])
-            for k in cutlass.range_constexpr(self.config.k_parts * steps):
-                if const_expr(k > 0 and k % steps == 0):
-                    k_at = rings.kv.next(k_at)
-                mma_s.set(tcgen05.Field.ACCUMULATE, k > 0)
-                a, b = operands.q[None, None, k, slot], operands.k[None, None, k % steps, k_at.index]
-                cute.gemm(mma_s, operands.s[i], a, b, operands.s[i])
-            rings.s.publish_by_mma(i)
+            self._issue_s(operands, rings, i, i, k_at)
         return q_laps
 
     @cute.jit
@@ -634,23 +658,69 @@ class Sm100Forward:
         whether it may be the last tile that the Q tile visits.
         """
         if tile >= span.begin and tile < span.end:
-            rings.s.wait_released(slot_of(i, s_laps))
-            _, mma_o = self._mmas()
-            mma_o.set(tcgen05.Field.ACCUMULATE, tile < span.end - 1)
-            steps, parts = cute.size(operands.v, mode=[2]), self.config.v_parts
-            for k in cutlass.range_constexpr(parts * steps):
-                if const_expr(k > 0 and k % steps == 0):
-                    v_at = rings.kv.next(v_at)
-                if const_expr(k * self.config.tile_n // (parts * steps) == self.config.p_first):
-                    rings.p_rest.wait(slot_of(i, s_laps))
-                a, b = operands.p[i][None, None, k], operands.v[None, None, k % steps, v_at.index]
-                cute.gemm(mma_o, operands.o[i], a, b, operands.o[i])
-                mma_o.set(tcgen05.Field.ACCUMULATE, True)
+            self._issue_o(operands, rings, i, slot_of(i, s_laps), v_at, tile < span.end - 1)
             if const_expr(last):
                 if tile == span.begin:
                     rings.o.publish_by_mma(i)
             s_laps = lap_of(i, s_laps)
         return s_laps
+
+    @cute.jit
+    def _issue_s(self, operands, rings, i: cutlass.Constexpr[int], place, k_at):
+        """S of Q tile i and a key tile, into one of the two places of `s`; returns where K ends in its ring.
+
+        The single Q tile waits for K and lets go of it here, part by part.
+        """
+        config, mma_s = self.config, self._mmas()[0]
+        slot = i
+        if const_expr(config.head_dim > 128):
+            # Plus zero, which ptxas cannot know: it would keep Q's descriptors of two words a step, and spill.
+            slot = i + (k_at.index >> 5)
+        s = operands.s[place] if const_expr(config.q_tiles == 2) else self._at(operands.s[0], place)
+        steps = cute.size(operands.k, mode=[2])
+        for k in cutlass.range_constexpr(config.k_parts * steps):
+            if const_expr(config.q_tiles == 1 and k % steps == 0):
+                rings.kv.wait(k_at)
+            mma_s.set(tcgen05.Field.ACCUMULATE, k > 0)
+            a, b = operands.q[None, None, k, slot], operands.k[None, None, k % steps, k_at.index]
+            cute.gemm(mma_s, s, a, b, s)
+            if const_expr((k + 1) % steps == 0):
+                if const_expr(config.q_tiles == 1):
+                    rings.kv.release_by_mma(k_at.index)
+                k_at = rings.kv.next(k_at)
+        rings.s.publish_by_mma(place)
+        return k_at
+
+    @cute.jit
+    def _issue_o(self, operands, rings, i: cutlass.Constexpr[int], s_at, v_at, accumulate):
+        """O (+)= P V of Q tile i and a key tile, whose P is where `s_at` is; returns where V ends in its ring.
+
+        Starts when the first columns of P are there and O is rescaled, and waits once more for the rest of P. The
+        single Q tile waits for V and lets go of it here, part by part.
+        """
+        config, mma_o = self.config, self._mmas()[1]
+        rings.s.wait_released(s_at)
+        mma_o.set(tcgen05.Field.ACCUMULATE, accumulate)
+        p = operands.p[i] if const_expr(config.q_tiles == 2) else self._at(operands.p[0], s_at.index)
+        steps = cute.size(operands.v, mode=[2])
+        for k in cutlass.range_constexpr(config.v_parts * steps):
+            if const_expr(config.q_tiles == 1 and k % steps == 0):
+                rings.kv.wait(v_at)
+            if const_expr(k * config.tile_n // (config.v_parts * steps) == config.p_first):
+                rings.p_rest.wait(s_at)
+            a, b = p[None, None, k], operands.v[None, None, k % steps, v_at.index]
+            cute.gemm(mma_o, operands.o[i], a, b, operands.o[i])
+            mma_o.set(tcgen05.Field.ACCUMULATE, True)
+            if const_expr((k + 1) % steps == 0):
+                if const_expr(config.q_tiles == 1):
+                    rings.kv.release_by_mma(v_at.index)
+                v_at = rings.kv.next(v_at)
+        return v_at
+
+    def _at(self, tensor, place):
+        """S or P of the single Q tile in one of its two places, which are `tile_n` columns apart."""
+        words = Float32.width // tensor.element_type.width
+        return cute.make_tensor(tensor.iterator + place * (self.config.tile_n * words), tensor.layout)
 
     # Softmax ---------------------------------------------------------------------------------------------------------
 
@@ -689,17 +759,17 @@ class Sm100Forward:
                     tile = span.end - 1 - n
                     first = n == 0 if const_expr(self.kinds.window_right) else True  # only the end of the keys cuts one
                     pivot, total, skips = self._tile(state, s_at, pivot, total, skips, first, keys, tile)
-                    s_at = Cursor(i, s_at.phase ^ 1)
+                    s_at = self._next_s(rings, s_at)
                 for n in cutlass.range(span.full_end - span.full_begin, unroll=1):
                     first = span.full_end - n == span.end
                     pivot, total, skips = self._tile(state, s_at, pivot, total, skips, first, None, None)
-                    s_at = Cursor(i, s_at.phase ^ 1)
+                    s_at = self._next_s(rings, s_at)
                 if const_expr(self.kinds.window_left):
                     for n in cutlass.range(span.full_begin - span.begin, unroll=1):
                         tile = span.full_begin - 1 - n
                         first = tile + 1 == span.end
                         pivot, total, skips = self._tile(state, s_at, pivot, total, skips, first, keys, tile)
-                        s_at = Cursor(i, s_at.phase ^ 1)
+                        s_at = self._next_s(rings, s_at)
                 scale, lse = finish(pivot, total, sink_log2)
                 if const_expr(self.kinds.seqused_q):
                     if place.use < IN_USE:
@@ -713,6 +783,10 @@ class Sm100Forward:
                     if const_expr(self.counted):
                         self._count(outputs, span, place, skips)
             item = self._item(shared, rings, at)
+
+    def _next_s(self, rings, s_at):
+        """Where the next S is: in the same place, or of a single Q tile in the other."""
+        return rings.s.next(s_at) if self.config.q_tiles == 1 else Cursor(s_at.index, s_at.phase ^ 1)
 
     @cute.jit
     def _place(self, state, item, values):
@@ -730,8 +804,13 @@ class Sm100Forward:
     def _tile(self, state, s_at, pivot, total, skips, first, keys, tile):
         """One key tile: S to P, and the row's pivot, sum of weights and skips. Masked if `keys` is given."""
         config, values, rings = self.config, state.values, state.rings
+        tmem, s_factor, s_barrier = state.tmem, state.factor, state.factor_barrier
+        if const_expr(config.q_tiles == 1):
+            tmem = TmemRows(self._at(tmem.tile, s_at.index), tmem.warp)
+            s_factor = cute.make_tensor(s_factor.iterator + s_at.index * config.tile_m, s_factor.layout)
+            s_barrier = s_barrier + s_at.index * roles.SOFTMAX_WARPS
         rings.s.wait(s_at)
-        r_s = state.tmem.load(0, config.tile_n)
+        r_s = tmem.load(0, config.tile_n)
         if const_expr(self.kinds.softcap):
             for c in cutlass.range_constexpr(config.tile_n):
                 r_s[c] = tanh(r_s[c] * values.capped_scale)
@@ -747,7 +826,6 @@ class Sm100Forward:
         pivot, factor = follow(before, row_max(r_s) * values.scale_log2, values.threshold)
         if const_expr(self.counted):
             skips = skips + Int32(before > -Float32.inf and pivot == before)
-        s_factor, s_barrier = state.factor, state.factor_barrier
         if not first:
             s_factor[0] = factor
             cute.arch.sync_warp()
@@ -757,7 +835,7 @@ class Sm100Forward:
         scale, shift, sums = values.scale_log2, bias(pivot), []
         for f in cutlass.range_constexpr(config.tile_n // FRAGMENT):
             scale_and_shift(r_s, f, scale, shift)
-            state.tmem.store(config.p_offset + f * FRAGMENT // 2, exponentiate(r_s, f, share, self.dtype))
+            tmem.store(config.p_offset + f * FRAGMENT // 2, exponentiate(r_s, f, share, self.dtype))
             sums = add_up(sums, r_s, f)
             if const_expr(f == 0):
                 sums[0] = cute.arch.add_packed_f32x2(sums[0], (total * factor, Float32(0.0)))
@@ -815,8 +893,40 @@ class Sm100Forward:
                         rings.s.release(Cursor(Int32(i), Int32(0)))
             for i in cutlass.range_constexpr(config.q_tiles):
                 if item.span(i).begin < item.span(i).end:
-                    self._finish(tmem[i], i, row, shared, rings, slot_of(i, laps))
+                    slot = slot_of(i, laps)
+                    self._finish(tmem[i], i, row, shared, rings, slot, slot, slot)
                     laps = lap_of(i, laps)
+            item = self._item(shared, rings, at)
+
+    @cute.jit
+    def correct_one(self, mma_o, shared, rings):
+        """As `correct`, for a single Q tile. S of the next tile says nothing of O here, so a rescale waits for `o`."""
+        config = self.config
+        thread, _, _ = cute.arch.thread_idx()
+        row = thread % config.tile_m
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % roles.CORRECTION_WARPS
+        t_o = mma_o.make_fragment_C(mma_o.partition_shape_C(self._mma_tiles()[1][:2]))[(None, None), 0, 0]
+        tmem = TmemRows(cute.make_tensor(t_o.iterator + config.o_columns[0], t_o.layout), warp)
+        # One tile has the same place and lap in `s` and in `o`.
+        s_at, scales_at = rings.s.start(), Cursor(Int32(0), Int32(0))
+        rings.s.release(s_at)
+        at, factor_laps = rings.items.start(), Int32(0)
+        item = self._item(shared, rings, at)
+        while item.valid:
+            at = rings.items.next(at)
+            for _ in cutlass.range(item.end - item.begin - 1, unroll=1):
+                o_at, s_at = s_at, rings.s.next(s_at)
+                place = s_at.index
+                rings.factor.wait(Cursor(roles.SOFTMAX_WARPS * place + warp, (factor_laps >> place) & 1))
+                factor_laps = factor_laps ^ (1 << place)
+                factor = shared.factor[row, place]
+                if cute.arch.vote_any_sync(factor < 1.0):
+                    rings.o.wait(o_at)
+                    self._rescale(tmem, factor)
+                rings.s.release(s_at)
+            o_at, s_at = s_at, rings.s.next(s_at)
+            self._finish(tmem, 0, row, shared, rings, scales_at, o_at, s_at)
+            scales_at = Cursor(scales_at.index, scales_at.phase ^ 1)
             item = self._item(shared, rings, at)
 
     @cute.jit
@@ -830,16 +940,17 @@ class Sm100Forward:
         cute.arch.fence_view_async_tmem_store()
 
     @cute.jit
-    def _finish(self, tmem, i: cutlass.Constexpr[int], row, shared, rings, slot):
+    def _finish(self, tmem, i: cutlass.Constexpr[int], row, shared, rings, slot, o_at, s_at):
         """Normalises O of Q tile i on its way to shared memory.
 
-        Waits for the rows' scales, for the last O and for the last output to have left; lets go of them and of O.
+        Waits for the rows' scales, for the last O and for the last output to have left; lets go of them and of O, for
+        the P V of `s_at`.
         """
         config, width = self.config, 32
         rings.scales.wait(slot)
         scale = shared.scale[row, i]
         rings.scales.release(slot)
-        rings.o.wait(slot)
+        rings.o.wait(o_at)
         rings.out.acquire(slot)
         s_row = shared.out[opaque(row), None, i]  # else its 2 x 16 addresses are computed ahead, and spill
         for c in cutlass.range_constexpr(0, config.head_dim_v, width):
@@ -855,7 +966,7 @@ class Sm100Forward:
             for e in cutlass.range_constexpr(0, width, 8):
                 chunk = cute.make_tensor(r_out.iterator + e, cute.make_layout(8))
                 cute.autovec_copy(chunk, cute.local_tile(s_row, (8,), ((c + e) // 8,)))
-        rings.s.release(slot)
+        rings.s.release(s_at)
         cute.arch.fence_view_async_shared()
         rings.out.publish(slot)
 

@@ -55,6 +55,8 @@ FEATURES = {
     "varlen-used-left-96": {"dtype": fp16, "head_dim": 96, "varlen": True, "window": (40, None), "used": True},
     "used-72": {"dtype": fp16, "head_dim": 72, "used": True},
     "causal-192": {"dtype": bf16, "head_dim": 192, "head_dim_v": 128, "causal": True},
+    "causal-gqa-256": {"dtype": bf16, "head_dim": 256, "causal": True, "heads_q": 2, "sink": "normal"},
+    "varlen-window-used-200": {"dtype": fp16, "head_dim": 200, "varlen": True, "window": (150, 9), "used": True},
 }
 """One compilation each; what a case adds is drawn. The full ones share their MMAs between two CTAs."""
 
@@ -255,6 +257,7 @@ COVERING = {
     "full-gqa-128": ({"lengths": ((900, 500),)}, {"lengths": ((300, 200),)}),
     "causal-gqa-128": ({"lengths": ((900, 500),)}, {"lengths": ((384, 1184),)}),
     "causal-192": ({"lengths": ((900, 500),)}, {"lengths": ((300, 257),) * 3}, {"lengths": ((384, 1184),)}),
+    "causal-gqa-256": ({"lengths": ((900, 500),)}, {"lengths": ((200, 600),) * 3}),
     "varlen-causal-64": _PACKED,
     "varlen-causal-64, taking over": _PACKED,
     "varlen-window-used-gqa-64": (
@@ -301,6 +304,7 @@ _IMPLIED = (
 ARGUED = {
     ("delete", "bar.warp.sync"): "joins the lanes before one arrives for all; a warp's lanes run together here",
     ("delete", "mbarrier.test_wait"): "always true: it stands there for ptxas alone",
+    ("swap", "mbarrier.test_wait"): "as above",
     ("delete", "mbarrier.try_wait"): _IMPLIED,
     ("flip parity", "mbarrier.try_wait"): _IMPLIED,
     ("delete", "cp.async.bulk"): _IMPLIED,
@@ -311,7 +315,11 @@ ARGUED = {
 """Why a broken kernel of `test_broken_synchronisation_is_caught` may be as good as the whole one, by kind and start."""
 
 
-FAULTY = {"one block": (64, ((200, 6), (1000, 1), (1000, 1))), "pair": (128, ((300, 6), (1000, 1), (1000, 1)))}
+FAULTY = {
+    "one block": (64, ((200, 6), (1000, 1), (1000, 1))),
+    "pair": (128, ((300, 6), (1000, 1), (1000, 1))),
+    "one Q tile": (256, ((100, 6), (1000, 1), (1000, 1))),
+}
 """head_dim; (rows, magnitude) of q, k and v. Two items for the block or pair, eight key tiles so that every ring
 wraps, rescales on most tiles."""
 
