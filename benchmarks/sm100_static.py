@@ -93,7 +93,7 @@ ROLES = {"softmax": range(8), "correction": range(8, 12), "MMA": range(12, 13), 
 
 
 def executed(graph: Graph) -> dict[str, dict[str, int]]:
-    """What the warps of each role did: PTX instructions, waits, and bytes."""
+    """What the warps of each role did: PTX instructions, waits, bytes. A word that several lanes read counts once."""
     found: dict[str, collections.Counter] = {role: collections.Counter() for role in ROLES}
     for (_, warp), steps in graph.steps.items():
         tally = next((found[role] for role, warps in ROLES.items() if warp in warps), collections.Counter())
@@ -110,7 +110,7 @@ def executed(graph: Graph) -> dict[str, dict[str, int]]:
                 tally["TMEM bytes"] += 128 * int(re.search(r"\.x(\d+)", op)[1])  # type: ignore[index]
             elif op.startswith(("ld.shared", "st.shared")):
                 parts = int(vector[1]) if (vector := re.search(r"\.v(\d)", op)) else 1
-                tally["shared bytes"] += 32 * parts * int(re.search(r"(\d+)$", op)[1]) // 8  # type: ignore[index]
+                tally["shared bytes"] += step.places * parts * int(re.search(r"(\d+)$", op)[1]) // 8  # type: ignore[index]
     return {role: dict(tally) for role, tally in found.items()}
 
 
@@ -168,7 +168,7 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 
 def main(
     out: Annotated[Path, typer.Option(help="Where the numbers go, as JSON.")] = RESULT,
-    seqlen: Annotated[int, typer.Option(help="Length of the executed problems; 0: do not execute.")] = 512,
+    seqlen: Annotated[int, typer.Option(help="Length of the executed problems; 0: do not execute.")] = 1024,
     sweep: Annotated[
         bool, typer.Option(help="Also our kernel over shares of emulated exponentials and parts of P.")
     ] = True,

@@ -346,7 +346,7 @@ class Sm100Forward:
                 if lower.begin == lower.end and config.q_tiles == 2:
                     self._write_unseen(outputs, sink, work, sequence, first_row + config.tile_positions)
             if begin < end:
-                self._publish(shared, rings, at, (Int32(1), *work, *sequence, begin, end, *upper, *lower))
+                self._publish(shared, rings, at, (*upper, *lower, *work, *sequence, begin, end))
                 at = rings.items.next(at)
                 rings.items.acquire(at)
             following = None
@@ -358,7 +358,7 @@ class Sm100Forward:
             elif const_expr(outputs.counter is not None):
                 following = draw(outputs.counter, programs)
             valid, work, place = take(order, place, program, following)
-        self._publish(shared, rings, at, (Int32(0),) * ITEM_WORDS)
+        self._publish(shared, rings, at, (Int32(-1),) * ITEM_WORDS)
         if const_expr(not config.launch_control):
             if const_expr(outputs.counter is not None):
                 retire(outputs.counter, programs)
@@ -395,15 +395,16 @@ class Sm100Forward:
             rings.items.publish(at)
 
     @cute.jit
-    def _item(self, shared, rings, at):
-        """The next work item, which every role reads once."""
+    def _item(self, shared, rings, at, i=None):
+        """The next work item, which every role reads once: the spans of both Q tiles, or of Q tile i alone, twice."""
         rings.items.wait(at)
-        word = [shared.items[n] for n in range(ITEM_WORDS)]
+        first, second = (0, 1) if i is None else (i, i)
+        spans = [Span(*(shared.items[4 * tile + n] for n in range(4))) for tile in (first, second)]
+        word = [shared.items[n] for n in range(8, ITEM_WORDS)]
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             rings.items.release(at)
-        spans = (Span(*word[11:15]), Span(*word[15:19]))
-        return Item(word[0] != 0, WorkItem(*word[1:4]), Sequence(*word[4:9]), word[9], word[10], *spans)
+        return Item(word[0] >= 0, WorkItem(*word[:3]), Sequence(*word[3:8]), word[8], word[9], *spans)
 
     @cute.jit
     def _batch(self, work):
@@ -743,12 +744,10 @@ class Sm100Forward:
         tmem = TmemRows(t_s, warp % roles.SOFTMAX_WARPS)
         state = SoftmaxState(i, row, factor, factor_barrier, tmem, rings, values)
         at, s_at, scales_at = rings.items.start(), Cursor(i, Int32(0)), Cursor(i, Int32(0))
-        item = self._item(shared, rings, at)
+        item = self._item(shared, rings, at, i)
         while item.valid:
             at = rings.items.next(at)
             span = item.upper
-            if i == 1:
-                span = item.lower
             if span.begin < span.end:
                 pivot, total, skips = -Float32.inf, Float32(0.0), Int32(0)
                 place, keys = self._place(state, item, values)
@@ -782,7 +781,7 @@ class Sm100Forward:
                     outputs.lse[place.row, place.head, place.batch] = lse
                     if const_expr(self.counted):
                         self._count(outputs, span, place, skips)
-            item = self._item(shared, rings, at)
+            item = self._item(shared, rings, at, i)
 
     def _next_s(self, rings, s_at):
         """Where the next S is: in the same place, or of a single Q tile in the other."""

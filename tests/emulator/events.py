@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
+
 from . import barriers, launcher, machine
 from .instructions import mbarrier
 from .instructions.tma import tensor_map
@@ -60,7 +62,8 @@ class Step:
     """A node of the program, executed by one warp. skipped: its guard was false in every lane.
 
     waits: phases that have completed before the warp goes on. ended: operations, likewise. read: of `ended`, it is
-    enough that they have read their source. arrives: phases that it arrives on itself.
+    enough that they have read their source. arrives: phases that it arrives on itself. places: addresses in shared
+    memory that the lanes of a load or a store name; lanes that name the same one are served at once.
     """
 
     pc: int
@@ -70,6 +73,7 @@ class Step:
     read: bool = False
     arrives: list[Phase] = field(default_factory=list)
     starts: list[Operation] = field(default_factory=list)
+    places: int = 0
 
 
 @dataclass(eq=False)
@@ -161,6 +165,8 @@ class Recorder(machine.Machine):
         warp = frame.warps[0]
         active = self._active(node, frame, mask)
         step = self.current = Step(node.pc, skipped=not len(active))
+        if not step.skipped and (place := _shared_place(node)) is not None:
+            step.places = len(set(frame.read(place, np.uint64)[active].tolist()))
         self.asked = None
         pipe, loose = len(warp.pipe), len(cta.cluster.loose)
         super()._step(group)
@@ -264,6 +270,14 @@ class Recorder(machine.Machine):
             covered = groups[: len(groups) - pending] if pending else groups
             step.ended = [each for group in covered for each in group]
             step.read = i.has("read")
+
+
+def _shared_place(node: Node):
+    """The address operand of a load from or a store to shared memory, or None."""
+    instruction = node.instruction
+    if node.kind != HANDLED or not instruction.op.startswith(("ld.shared", "st.shared")):
+        return None
+    return instruction.operands[instruction.op.startswith("ld.")].items[0]
 
 
 @contextmanager

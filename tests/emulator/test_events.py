@@ -61,6 +61,13 @@ def test_a_hand_over_takes_the_arrival_and_the_latency_behind_it():
     assert time.path(0)["hand-over"] == 2 * HANDOVER  # this one, and bar.sync's
 
 
+def test_lanes_that_read_one_word_name_one_place():
+    body = "mov.b32 %r4, 0; shl.b32 %r5, %t, 2; add.s32 %r5, %r5, %r1; st.shared.b32 [%r5+64], %r4; bar.sync 0;"
+    graph, _ = recorded(body + "ld.shared.b32 %r6, [%r1+64]; ld.shared.b32 %r7, [%r5+64];")
+    places = [[step.places for step in steps_of(graph, op, 1)] for op in ("st.shared", "ld.shared")]
+    assert places == [[32], [1, 32]]
+
+
 def test_two_roles_in_a_cycle_take_two_hand_overs_a_round():
     rounds = 6
     first = "".join(ARRIVE.format(at="%r1") + WAIT.format(n=f"A{n}", at="%r2", parity=n % 2) for n in range(rounds))
