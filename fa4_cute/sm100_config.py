@@ -22,8 +22,8 @@ TILE_M = 128
 SMALL_BYTES = 3072
 """Shared memory before the tiles: barriers, the work item, factors and scales. One KiB more would cost head_dim 128 its
 third slot for K and V, and with two the tensor cores wait for V."""
-ITEM_WORDS = 18
-"""Words of a published work item; all are negative where there are no more."""
+ITEM_WORDS = 20
+"""Words of a published work item, the last two for reads of four; all are negative where there are no more items."""
 FRAGMENT = 32
 """Columns of a row that are exponentiated, converted and stored to P at a time."""
 

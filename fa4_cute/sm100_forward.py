@@ -245,7 +245,9 @@ class Sm100Forward:
         answer = memory.allocate_array(Int32, 4, byte_alignment=16)
         tmem_address = memory.allocate_array(Int32, 1)
         rows = cute.make_layout((config.tile_m, 2))
-        s_items = cute.make_tensor(memory.allocate_array(Int32, ITEM_WORDS), cute.make_layout(ITEM_WORDS))
+        s_items = cute.make_tensor(
+            memory.allocate_array(Int32, ITEM_WORDS, byte_alignment=16), cute.make_layout(ITEM_WORDS)
+        )
         s_factor = cute.make_tensor(memory.allocate_array(Float32, cute.size(rows)), rows)
         s_scale = cute.make_tensor(memory.allocate_array(Float32, cute.size(rows)), rows)
         s_q = memory.allocate_tensor(self.dtype, layout_q.outer, 1024, layout_q.inner)
@@ -346,7 +348,8 @@ class Sm100Forward:
                 if lower.begin == lower.end and config.q_tiles == 2:
                     self._write_unseen(outputs, sink, work, sequence, first_row + config.tile_positions)
             if begin < end:
-                self._publish(shared, rings, at, (*upper, *lower, *work, *sequence, begin, end))
+                words = (*upper, *lower, *work, *sequence, begin, end)
+                self._publish(shared, rings, at, words + (Int32(0),) * (ITEM_WORDS - len(words)))
                 at = rings.items.next(at)
                 rings.items.acquire(at)
             following = None
@@ -400,7 +403,7 @@ class Sm100Forward:
         rings.items.wait(at)
         first, second = (0, 1) if i is None else (i, i)
         spans = [Span(*(shared.items[4 * tile + n] for n in range(4))) for tile in (first, second)]
-        word = [shared.items[n] for n in range(8, ITEM_WORDS)]
+        word = [shared.items[n] for n in range(8, 18)]
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             rings.items.release(at)
