@@ -19,6 +19,8 @@ ALIGNMENT = 16
 """Bytes that TMA asks q, k and v to be aligned to, in their base and in every stride."""
 SECTION_BYTES = 32 * 2**20
 """Keys and values that one section of heads may hold, of the 50 MB of L2 (`schedule`); measured on an H100."""
+COUNTED = 2**30
+"""Rows and work items that kernels can number: sums of two stay within 32 bits."""
 LOG2_E = math.log2(math.e)
 
 
@@ -111,6 +113,11 @@ def _numbers(problem: Problem) -> tuple[float | int | None, ...]:
     else:
         tiles = -(-problem.seqlen_q // item.positions)
         items = tiles * heads * problem.batch
+    if max(items, problem.seqlen_q, problem.seqlen_k) >= COUNTED:
+        raise NotImplementedError(
+            f"backend='cute' numbers rows and work items below {COUNTED}; the call has {problem.seqlen_q} rows of q, "
+            f"{problem.seqlen_k} of k and {items} work items"
+        )
     return (
         scale,
         capped,

@@ -1,8 +1,9 @@
 """Attention forward for SM100 (Blackwell): warp-specialised, persistent, exact.
 
-A work item is two Q tiles of 128 rows of one head; K and V pass by in tiles of 128 keys, from the right to the left.
+A work item is two Q tiles of 128 rows of one head (one, at head_dim 256); K and V pass by in tiles of 128 keys, from the right to the left.
 Each Q tile visits only the key tiles that one of its own rows sees. Where the heads of a group fill a tile, its rows
-are those of all of them at the same positions, so that they share K and V.
+are those of all of them at the same positions, so that they share K and V. Above head_dim 128 a slot of `kv` is a part
+of a tile.
 
 Roles (warps; what they wait for and what they signal is in their docstrings):
 
@@ -39,7 +40,12 @@ A pair of blocks (`config.ctas` 2) works on items of twice the rows. Each block 
 and all the roles, and loads half of each K and V tile; block 0's MMA warp multiplies for both, reading both halves. So
 TMA in either block and the warps that hand over P and O report to block 0's barriers, and commits complete both's.
 
-At an item's end the next item's first S is issued behind each last O, before the other Q tile's last P is waited for.
+At an item's end the next item's first S is issued behind each last O, before the other Q tile's last P is waited for;
+not where O is staged in Q's place.
+
+At head_dim 256 O fills the tensor memory of a second Q tile. S of the only one has two places in turn, which `s`, `p_rest`,
+`o` and `factor` then count instead of Q tiles, and is multiplied one key tile ahead (`multiply_one`, `correct_one`). The
+second softmax warpgroup has nothing to do.
 
 Names: `m` a tensor in global memory, `g` its tiles, `s` shared memory, `r` registers, `t` tensor memory or a partition;
 S, P and O as in the papers. `tile` numbers key tiles; `i` is the Q tile.
@@ -58,6 +64,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
 from fa4_core.problem import Kinds
 from fa4_cute import sm100_config as roles
+from fa4_cute.kernels import drawn
 from fa4_cute.params import DTYPES, Values, by_head, statistic_by_head
 from fa4_cute.pipelines import Cursor, Ring
 from fa4_cute.ranges import Span, Window, key_span, visible_keys
@@ -90,6 +97,19 @@ NO_INDEX = 1 << 30
 """An index past every work item and every row."""
 
 
+def _check(kinds: Kinds, config: Sm100Config) -> None:
+    """Refuses a config that is laid out for other kinds."""
+    if kinds.head_dim > config.head_dim or kinds.head_dim_v > config.head_dim_v:
+        have = f"{kinds.head_dim}, {kinds.head_dim_v}"
+        raise ValueError(f"head dims {config.head_dim}, {config.head_dim_v} of the config do not hold {have}")
+    if kinds.group % config.packed:
+        raise ValueError(f"packed: got {config.packed} heads, a group has {kinds.group}")
+    if config.ctas > 1 and drawn(kinds):
+        raise ValueError(
+            "ctas: a pair takes equal shares, so that both blocks have the same items; these kinds draw them"
+        )
+
+
 class Sm100Forward:
     """One compiled kernel's host function and roles.
 
@@ -100,10 +120,10 @@ class Sm100Forward:
         self.kinds = kinds
         self.config = config or config_for(kinds, (10, 0))
         self.counted = counted
+        _check(kinds, self.config)
         self.dtype = DTYPES[kinds.dtype]
         self.ragged_k = kinds.varlen or kinds.seqused_k
-        masked = kinds.window_left or kinds.window_right
-        self.sees_all = not (masked or kinds.varlen or kinds.seqused_q or kinds.seqused_k)
+        self.sees_all = not drawn(kinds)
 
     @cute.jit
     def __call__(
@@ -279,6 +299,7 @@ class Sm100Forward:
             cute.arch.setmaxregister_decrease(config.registers_other)
             if warp == roles.MMA_WARP:
                 cute.arch.alloc_tmem(roles.TMEM_COLUMNS, tmem_address, is_two_cta=config.ctas == 2)
+                cute.arch.sync_warp()
                 address = cute.arch.retrieve_tmem_ptr(Float32, 16, tmem_address)
                 operands = self._operands(mma_s, mma_o, shared, address)
                 if const_expr(config.q_tiles == 1):
@@ -317,7 +338,7 @@ class Sm100Forward:
     def schedule(self, outputs, sink, shared, rings, lengths, extent, values):
         """The scheduler warp. Waits until every warp has read an item, draws the next and publishes it.
 
-        Rows that see no key are written here: no other role ever meets a Q tile without key tiles.
+        Rows that see no key are written here: no other role works on a Q tile without key tiles.
         """
         config = self.config
         program, _, _ = cute.arch.block_idx()
@@ -358,6 +379,7 @@ class Sm100Forward:
                 control_at = rings.control.next(control_at)
                 if const_expr(self.kinds.varlen):
                     self._write_past_the_end(outputs, extent, lengths, following, programs)
+                place = start()  # answers may come in any order, and a place only moves on
             elif const_expr(outputs.counter is not None):
                 following = draw(outputs.counter, programs)
             valid, work, place = take(order, place, program, following)

@@ -64,7 +64,7 @@ class Shared(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What the MMAs read and write; s, p and o have an entry a Q tile."""
+    """What the MMAs read and write; s, p and o have an entry a Q tile, s and p of a single one an entry a place."""
 
     q: cute.Tensor
     k: cute.Tensor

@@ -27,6 +27,14 @@ def kinds(head_dim, head_dim_v=None, dtype=torch.bfloat16, group=1, **options):
     return make_problem(Inputs(torch.cat([k] * group, 2), k, v), **options).kinds
 
 
+def packed_kinds(head_dim, group, **options):
+    """Of packed sequences with a sink and lengths in use: what a row needs to the end of its item."""
+    q, k = (torch.empty(8, heads, head_dim, dtype=torch.bfloat16) for heads in (2 * group, 2))
+    cu, used = torch.tensor([0, 8], dtype=torch.int32), torch.tensor([8], dtype=torch.int32)
+    bounds = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "seqused_q": used, "seqused_k": used}
+    return make_problem(Inputs(q, k, k, sink=torch.empty(2 * group), **bounds), **options).kinds
+
+
 @pytest.mark.parametrize("head_dims", sm100_config.HEAD_DIMS)
 def test_budgets_add_up(head_dims):
     config = config_for(kinds(*head_dims), (10, 0))
@@ -109,6 +117,22 @@ def test_the_share_is_what_it_says():
 
 
 @needs_dsl
+@pytest.mark.parametrize(
+    ("kind", "config", "why"),
+    [
+        (kinds(128), Sm100Config(64, 64), "do not hold 128, 128"),
+        (kinds(64, group=3), Sm100Config(64, 64, packed=2), "packed: got 2 heads, a group has 3"),
+        (kinds(128, window_right=0), Sm100Config(128, 128, ctas=2), "ctas: a pair takes equal shares"),
+    ],
+)
+def test_a_config_for_other_kinds_is_refused(kind, config, why):
+    from fa4_cute.sm100_forward import Sm100Forward
+
+    with pytest.raises(ValueError, match=why):
+        Sm100Forward(kind, config)
+
+
+@needs_dsl
 def test_the_polynomial_is_the_best_of_its_degree():
     """Its error alternates with equal heights at as many points as it has free coefficients, p(0) = 1 being fixed."""
     from fa4_cute.exp2 import POLYNOMIAL
@@ -159,6 +183,8 @@ CODE = {
     "full-128": (kinds(128), None),
     "causal-64": (kinds(64, window_right=0), None),
     "causal-gqa-128": (kinds(128, group=8, window_right=0), None),
+    "varlen-left-used-sink-gqa-128": (packed_kinds(128, 8, window_left=4), torch.float32),
+    "varlen-left-used-sink-96": (packed_kinds(96, 3, window_left=4), torch.float32),
     "window-softcap-256": (kinds(256, window_left=5, window_right=5, softcap=2.0), None),
     "window-softcap-192": (kinds(192, 128, window_left=5, window_right=5, softcap=2.0), None),
 }

@@ -103,6 +103,21 @@ def test_forward_is_within_its_budget(name, data, seed, programs):
     assert report.passed, f"schedule {seed}, {programs} blocks: {case!r}\n{report}"
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(bf16, 128, 128, heads_q=128, lengths=((7, 300),)),
+        Case(fp16, 8, 8, heads_q=4, heads_kv=2, lengths=((300, 200),), causal=True),
+        Case(bf16, 192, 128, heads_q=32, lengths=((20, 300),), varlen=True, causal=True),
+    ],
+    ids=["group of 128, pairs", "head_dim 8", "group of 32, head_dim 192"],
+)
+def test_rare_groups_and_head_dims(case):
+    call = case.build("cpu")
+    with emulated_cute(ARCH, seed=1):
+        check_forward(attention, call.q, call.k, call.v, **call.options).require()
+
+
 @pytest.mark.parametrize("name", ["causal-groups-of-3", "varlen-causal-64"])
 @settings(max_examples=5, phases=_phases)
 @given(data=st.data(), seed=st.integers(0, 63), resident=st.integers(1, 3))
