@@ -1,9 +1,9 @@
 """Attention forward for SM100 (Blackwell): warp-specialised, persistent, exact.
 
-A work item is two Q tiles of 128 rows of one head (one, at head_dim 256); K and V pass by in tiles of 128 keys, from the right to the left.
-Each Q tile visits only the key tiles that one of its own rows sees. Where the heads of a group fill a tile, its rows
-are those of all of them at the same positions, so that they share K and V. Above head_dim 128 a slot of `kv` is a part
-of a tile.
+A work item is two Q tiles of 128 rows of one head (one, at head_dim 256); K and V pass by in tiles of 128 keys, from
+the right to the left. Each Q tile visits only the key tiles that one of its own rows sees. Where the heads of a group
+fill a tile, its rows are those of all of them at the same positions, so that they share K and V. Above head_dim 128 a
+slot of `kv` is a part of a tile.
 
 Roles (warps; what they wait for and what they signal is in their docstrings):
 
@@ -43,9 +43,9 @@ TMA in either block and the warps that hand over P and O report to block 0's bar
 At an item's end the next item's first S is issued behind each last O, before the other Q tile's last P is waited for;
 not where O is staged in Q's place.
 
-At head_dim 256 O fills the tensor memory of a second Q tile. S of the only one has two places in turn, which `s`, `p_rest`,
-`o` and `factor` then count instead of Q tiles, and is multiplied one key tile ahead (`multiply_one`, `correct_one`). The
-second softmax warpgroup has nothing to do.
+At head_dim 256 O fills the tensor memory of a second Q tile. S of the only one has two places in turn, which `s`,
+`p_rest`, `o` and `factor` then count instead of Q tiles, and it is multiplied one key tile ahead (`multiply_one`,
+`correct_one`). The second softmax warpgroup has nothing to do.
 
 Names: `m` a tensor in global memory, `g` its tiles, `s` shared memory, `r` registers, `t` tensor memory or a partition;
 S, P and O as in the papers. `tile` numbers key tiles; `i` is the Q tile.

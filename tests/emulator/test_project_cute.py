@@ -118,6 +118,15 @@ def test_rare_groups_and_head_dims(case):
         check_forward(attention, call.q, call.k, call.v, **call.options).require()
 
 
+def test_more_rows_than_kernels_can_number_are_refused(monkeypatch):
+    from fa4_cute import launch
+
+    monkeypatch.setattr(launch, "COUNTED", 300)
+    q = torch.zeros(1, 300, 1, 64, dtype=bf16)
+    with emulated_cute(ARCH), pytest.raises(NotImplementedError, match="300 rows of q, 300 of k and 2 work items"):
+        attention(q, q, q)
+
+
 @pytest.mark.parametrize("name", ["causal-groups-of-3", "varlen-causal-64"])
 @settings(max_examples=5, phases=_phases)
 @given(data=st.data(), seed=st.integers(0, 63), resident=st.integers(1, 3))
