@@ -7,12 +7,12 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from caches import needs_gpu, step_inputs
+from host_threads import at_once, check_compiled_and_loaded_once
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,18 +25,6 @@ from fa4_triton import decode_launch, work_space
 from fa4_triton.work_space import ARRIVALS, Reserve
 
 CPU = torch.device("cpu")
-
-
-def at_once(works):
-    """What each of the functions returns, called in a thread of its own, all at the same time."""
-    barrier = threading.Barrier(len(works))
-
-    def run(work):
-        barrier.wait()
-        return work()
-
-    with ThreadPoolExecutor(len(works)) as threads:
-        return [future.result() for future in [threads.submit(run, work) for work in works]]
 
 
 @pytest.fixture
@@ -125,32 +113,12 @@ def test_each_thread_gets_as_much_as_it_asks_for_and_the_most_is_kept(nothing_ke
 
 
 def test_a_kernel_is_compiled_and_loaded_once_however_many_threads_launch_it(monkeypatch):
-    """Triton loads a kernel in steps: a thread that finds it half loaded launches nothing, or something else."""
-    compiled, launched = [], []
-
-    class Kernel:
-        loaded = False
-
-        @property
-        def run(self):
-            time.sleep(0.05)
-            self.loaded = True
-
-    def compile_planned(*_):
-        time.sleep(0.05)
-        compiled.append(Kernel())
-        return compiled[-1]
-
-    monkeypatch.setattr(decode_launch, "interpreted", lambda: False)
-    monkeypatch.setattr(decode_launch, "compile_planned", compile_planned)
-    monkeypatch.setattr(decode_launch.host, "target_of", lambda device: None)
-    monkeypatch.setattr(decode_launch, "run_compiled", lambda kernel, *_: launched.append(kernel.loaded))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: threading.Lock())  # a context that does nothing
     plan = decode_launch._Plan(None, decode_launch.APPEND_TILE, {}, {})
-    launch = lambda: decode_launch._launch(plan, torch.device("cuda", 0), 1, lambda addresses: (), ("aligned",))  # noqa: E731
-    at_once([launch] * 4)
-    assert len(compiled) == 1
-    assert launched == [True] * 4
+
+    def launch():
+        decode_launch._launch(plan, torch.device("cuda", 0), 1, lambda addresses: (), ("aligned",))
+
+    check_compiled_and_loaded_once(monkeypatch, decode_launch, launch)
 
 
 class Recording(TorchDispatchMode):

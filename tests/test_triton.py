@@ -4,14 +4,12 @@ import itertools
 import os
 import re
 import subprocess
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from host_threads import check_compiled_and_loaded_once
 from simulation import simulated_skips, visited_tiles
 
 import fa4_triton
@@ -191,36 +189,12 @@ def test_products_of_float32_keep_their_budget(capability):
 
 
 def test_threads_that_launch_a_kernel_first_at_once_compile_it_once_and_find_it_loaded(monkeypatch):
-    """Triton loads a kernel in steps: a thread that finds it half loaded launches nothing, or something else."""
-    made, launched, barrier = [], [], threading.Barrier(4)
+    plan = launch._Plan(tiles.Tile(64, 64, 4, 1), {}, {})
 
-    class Kernel:
-        loaded = False
-
-        @property
-        def run(self):
-            time.sleep(0.05)
-            self.loaded = True
-
-    def compile_planned(*_):
-        time.sleep(0.05)
-        made.append(Kernel())
-        return made[-1]
-
-    def first(_):
-        barrier.wait()
+    def first():
         launch._launch(None, plan, torch.device("cuda", 0), 1, (), ("aligned",))
 
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
-    monkeypatch.setattr(launch, "compile_planned", compile_planned)
-    monkeypatch.setattr(launch, "target_of", lambda device: HOPPER)
-    monkeypatch.setattr(launch, "run_compiled", lambda kernel, *_: launched.append(kernel.loaded))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: threading.Lock())  # a context that does nothing
-    plan = launch._Plan(tiles.Tile(64, 64, 4, 1), {}, {})
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(first, range(4)))
-    assert len(made) == 1
-    assert launched == [True] * 4
+    check_compiled_and_loaded_once(monkeypatch, launch, first)
 
 
 def test_rocm_is_not_taken_for_hopper():
