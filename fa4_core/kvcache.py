@@ -478,8 +478,7 @@ def attend(
         _run(inputs, out, lse, length, softmax_scale, softcap, *rest)
     else:
         values = ops.pack_values(softmax_scale, softcap, DEFAULT_RESCALE_THRESHOLD)
-        overloads = torch.ops.fa4.attention_with_kvcache
-        operator = overloads.default if values is None else overloads.scored
+        operator = ops.overload_for(torch.ops.fa4.attention_with_kvcache, values)
         operator(*inputs, out, lse, length, values, *rest)
     return out, lse
 

@@ -56,6 +56,11 @@ class Kinds:
     sink: bool
     kv_cache: bool = False
 
+    @property
+    def uneven(self) -> bool:
+        """Whether query tiles may differ in the number of keys that they see."""
+        return self.varlen or self.seqused_q or self.seqused_k or self.window_left or self.window_right
+
     def features(self) -> frozenset[str]:
         """The optional features this problem needs, in the words that `explain` and the errors use."""
         named = {

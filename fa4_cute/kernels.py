@@ -58,7 +58,7 @@ def items(kinds: Kinds, arch: str) -> Items:
 
 def drawn(kinds: Kinds) -> bool:
     """Whether work items differ in length, so that blocks draw them one by one instead of taking equal shares."""
-    return kinds.varlen or kinds.seqused_q or kinds.seqused_k or kinds.window_left or kinds.window_right
+    return kinds.uneven
 
 
 def forward(kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool, arch: str) -> Callable[..., None]:

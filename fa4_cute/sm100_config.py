@@ -266,9 +266,7 @@ def config_for(kinds: Kinds, capability: tuple[int, int]) -> Sm100Config:
     pair = padded(kinds.head_dim, kinds.head_dim_v)
     share = Exp2Share() if capability >= (10, 3) else Exp2Share(period=16)
     packed = kinds.group if TILE_M % kinds.group == 0 else 1
-    masked = kinds.window_left or kinds.window_right
-    alike = not (masked or kinds.varlen or kinds.seqused_q or kinds.seqused_k)
-    ctas = 2 if pair == (128, 128) and alike else 1
+    ctas = 2 if pair == (128, 128) and not kinds.uneven else 1
     if pair[0] > 128:  # the MMA warp holds more descriptors
         return Sm100Config(*pair, share, packed, ctas, registers_softmax=176, registers_other=64)
     return Sm100Config(*pair, share, packed, ctas)
