@@ -11,6 +11,8 @@ import os
 
 # cuBLAS is deterministic only with a fixed workspace, which has to be chosen before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# A pool of compiling processes for every worker of xdist would be hundreds of them.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
