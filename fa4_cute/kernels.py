@@ -52,7 +52,7 @@ def items(kinds: Kinds, arch: str) -> Items:
     """The work items of a kind's forward."""
     chosen = config(kinds, arch)
     if isinstance(chosen, sm90_config.Sm90Config):
-        return Items(chosen.tile_m, 1, 1, False)
+        return Items(chosen.positions, chosen.packed, 1, False)
     return Items(chosen.positions, chosen.packed, chosen.ctas, chosen.launch_control)
 
 

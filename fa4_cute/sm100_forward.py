@@ -84,8 +84,8 @@ from fa4_cute.sm100_rows import (
     total_of,
 )
 from fa4_cute.sm100_tmem import TmemRows
-from fa4_cute.sm100_views import RAGGED_ROWS, boxes, fixed, heads_packed, opaque, ragged, slots_apart
 from fa4_cute.softmax import LOG2_E, finish, tanh
+from fa4_cute.views import RAGGED_ROWS, boxes, fixed, heads_packed, opaque, ragged, slots_apart
 
 ITEM_READERS = 15
 """Warps that read each published item: all but the scheduler."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,6 +10,8 @@ from fa4_core.problem import Kinds
 
 WARPGROUP = 128
 """Threads of a warpgroup."""
+WARPGROUP_ROWS = 64
+"""Query rows of a consumer warpgroup, those of a wgmma."""
 SHARED_LIMIT = 232448
 """Bytes of shared memory that a block may have on SM90."""
 REGISTERS = 65536
@@ -33,7 +35,8 @@ class Sm90Config:
 
     head_dim, head_dim_v: what the tiles hold, the problem's dimensions rounded up; the rest is zeros by TMA.
     warpgroups: consumers, of 64 query rows each. q_slots: 2 overlaps work items; with 1 the output passes through Q's
-    shared memory. turns: whether warpgroups take turns in issuing wgmma.
+    shared memory. turns: whether warpgroups take turns in issuing wgmma. packed: query heads of one KV head whose rows
+    lie side by side in a query tile, 1 for none.
     """
 
     head_dim: int
@@ -43,6 +46,7 @@ class Sm90Config:
     q_slots: int = 2
     kv_slots: int = 2
     turns: bool = True
+    packed: int = 1
 
     def __post_init__(self) -> None:
         if self.shared_bytes > SHARED_LIMIT:
@@ -56,11 +60,18 @@ class Sm90Config:
             raise ValueError(f"{self}: where Q was, the output's rows have to end with a 128-byte swizzle, 64 columns")
         if self.tile_n % 16:
             raise ValueError(f"{self}: tile_n has to be a multiple of 16, the depth of a wgmma")
+        if WARPGROUP_ROWS % self.packed:
+            raise ValueError(f"{self}: packed heads have to divide a warpgroup's {WARPGROUP_ROWS} rows")
 
     @property
     def tile_m(self) -> int:
         """Query rows of a block."""
-        return 64 * self.warpgroups
+        return WARPGROUP_ROWS * self.warpgroups
+
+    @property
+    def positions(self) -> int:
+        """Query positions of a work item."""
+        return self.tile_m // self.packed
 
     @property
     def threads(self) -> int:
@@ -85,8 +96,15 @@ class Sm90Config:
 
 
 def config_for(kinds: Kinds) -> Sm90Config:
-    """The frozen choice by head dimensions (docs/performance.md has the measurements)."""
-    head_dim, head_dim_v = _padded(kinds.head_dim), _padded(kinds.head_dim_v)
+    """The frozen choice by head dimensions and group (docs/performance.md has the measurements).
+
+    Packed are groups that divide a warpgroup's rows, so that these are whole positions.
+    """
+    tiles = _tiles_for(_padded(kinds.head_dim), _padded(kinds.head_dim_v))
+    return replace(tiles, packed=kinds.group if WARPGROUP_ROWS % kinds.group == 0 else 1)
+
+
+def _tiles_for(head_dim: int, head_dim_v: int) -> Sm90Config:
     if head_dim <= 64 and head_dim_v <= 64:
         return Sm90Config(64, 64, tile_n=128, warpgroups=3, kv_slots=3)
     if head_dim <= 128 and head_dim_v <= 128:

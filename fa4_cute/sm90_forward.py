@@ -6,6 +6,10 @@ Roles, one block of `warpgroups + 1` warpgroups per SM:
 - load (warp 0): brings each item's Q, K and V by TMA;
 - consumers (the other warpgroups): 64 query rows each; S = Q K^T and O += P V by wgmma, P from registers.
 
+A work item is a query tile of one KV head. Where a group's heads divide a warpgroup's 64 rows, row r of the tile is
+head `r % packed` of the group at position `r // packed`: its heads share K and V, and its rows, closer together, see
+fewer key tiles under a window and on the diagonal. Otherwise the rows are those of one query head.
+
 Rings (arrivals that complete a slot's full / empty barrier): items (the scheduler / every other warp), Q, K and V
 (TMA bytes / every consumer warp).
 
@@ -56,6 +60,8 @@ from fa4_cute.schedule import (
 )
 from fa4_cute.sm90_config import WARPGROUP, Sm90Config, config_for
 from fa4_cute.softmax import LOG2_E, finish, follow_max, rescale_factor, subtrahend, tanh
+from fa4_cute.unseen import write_past_the_end, write_unseen
+from fa4_cute.views import boxes, from_position, heads_packed
 
 TURN_BARRIER = 1
 """First of the named barriers by which warpgroups take turns; barrier 0 is the block's."""
@@ -83,6 +89,8 @@ class Sm90Forward:
     def __init__(self, kinds: Kinds, config: Sm90Config | None = None, counted: bool = False) -> None:
         self.kinds = kinds
         self.config = config or config_for(kinds)
+        if kinds.group % self.config.packed:
+            raise ValueError(f"packed: got {self.config.packed} heads, a group has {kinds.group}")
         self.counted = counted
         self.dtype = DTYPES[kinds.dtype]
         self.overlap_items = self.config.q_slots > 1
@@ -117,21 +125,22 @@ class Sm90Forward:
         """Makes the TMA maps and launches; arguments as `params.fake_arguments` lists them."""
         config = self.config
         mQ, mK, mV, mO = by_head(q), by_head(k), by_head(v), by_head(out)
-        mLSE = statistic_by_head(lse)
+        mLSE, seqlen_q = statistic_by_head(lse), mQ.shape[0]
+        packed_q, packed_o = heads_packed(mQ, config.packed), heads_packed(mO, config.packed)
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         tile_q, tile_k = (config.tile_m, config.head_dim), (config.tile_n, config.head_dim)
         tile_v, tile_o = (config.tile_n, config.head_dim_v), (64, config.head_dim_v)
         one = self._shared_layout
         maps = _Maps(
-            *cpasync.make_tiled_tma_atom(load, mQ, one(tile_q), tile_q),
+            *cpasync.make_tiled_tma_atom(load, packed_q, one(tile_q), tile_q),
             *cpasync.make_tiled_tma_atom(load, mK, one(tile_k), tile_k),
             *cpasync.make_tiled_tma_atom(load, mV, one(tile_v), tile_v),
-            *cpasync.make_tiled_tma_atom(store, mO, self._output_layout(), tile_o),
+            *cpasync.make_tiled_tma_atom(store, packed_o, self._output_layout(), tile_o),
         )
         batch = mQ.shape[3]
         if const_expr(cu_seqlens_q is not None):
             batch = cu_seqlens_q.shape[0] - 1
-        extent = Extent(Int32(batch), mQ.shape[2], mQ.shape[0], mK.shape[0], section)
+        extent = Extent(Int32(batch), packed_q.shape[2], seqlen_q, mK.shape[0], section)
         self.kernel(
             maps,
             _Outputs(mO, mLSE, counter, counts),
@@ -232,17 +241,18 @@ class Sm90Forward:
         program, _, _ = cute.arch.block_idx()
         programs, _, _ = cute.arch.grid_dim()
         longest_first = self.kinds.window_left or self.kinds.window_right
-        order = Schedule(lengths, extent, programs, config.tile_m, longest_first)
+        order = Schedule(lengths, extent, programs, config.positions, longest_first)
         window = Window(values.window_left, values.window_right)
         at = rings.items.start()
         valid, work, place = take(order, start(), program, program)
         while valid:
             sequence = sequence_of(work.batch, lengths, extent)
-            first_row = work.tile * config.tile_m
-            last_row = cutlass.min(first_row + config.tile_m, sequence.seqlen_q)
-            span = key_span(first_row, last_row, sequence.seqlen_q, sequence.seqlen_k, window, config.tile_n)
-            if span.begin == span.end or first_row >= sequence.seqlen_q:
-                self._write_unseen(outputs, sink, work, sequence, first_row)
+            first = work.tile * config.positions
+            last = cutlass.min(first + config.positions, sequence.seqlen_q)
+            span = key_span(first, last, sequence.seqlen_q, sequence.seqlen_k, window, config.tile_n)
+            if span.begin == span.end or first >= sequence.seqlen_q:
+                end = cutlass.min(first + config.positions, sequence.rows_q)
+                write_unseen(outputs, sink, self.kinds, config.packed, work, sequence, first, end)
             else:
                 with cute.arch.elect_one():
                     self._publish(shared.items, at.index, (Int32(1), *work, *sequence, *span))
@@ -260,7 +270,7 @@ class Sm90Forward:
         if const_expr(outputs.counter is not None):
             retire(outputs.counter, programs)
         if const_expr(self.kinds.varlen):
-            self._write_past_the_end(outputs, extent, lengths, program, programs)
+            write_past_the_end(outputs, self.kinds, config.packed, extent, lengths, program, programs)
 
     @cute.jit
     def _publish(self, s_items, slot, words):
@@ -279,17 +289,17 @@ class Sm90Forward:
         item = self._read(shared.items, rings.items, items)
         while item.valid:
             work, sequence, span = item.work, item.sequence, item.span
-            head_kv = work.head // self.kinds.group
+            head_kv = work.head // (self.kinds.group // config.packed)
             batch = self._batch(work)
-            m_q = cute.domain_offset((sequence.offset_q, 0), maps.m_q[None, None, work.head, batch])
+            m_q = from_position(maps.m_q[None, None, work.head, batch], sequence.offset_q, config.packed)
             m_k = cute.domain_offset((sequence.offset_k, 0), maps.m_k[None, None, head_kv, batch])
             m_v = cute.domain_offset((sequence.offset_k, 0), maps.m_v[None, None, head_kv, batch])
             g_q = cute.local_tile(m_q, (config.tile_m, config.head_dim), (work.tile, 0))
             g_k = cute.local_tile(m_k, (config.tile_n, config.head_dim), (None, 0))
             g_v = cute.local_tile(m_v, (config.tile_n, config.head_dim_v), (None, 0))
-            t_sq, t_gq = _boxes(maps.q, shared.q, g_q)
-            t_sk, t_gk = _boxes(maps.k, shared.k, g_k)
-            t_sv, t_gv = _boxes(maps.v, shared.v, g_v)
+            t_sq, t_gq = boxes(maps.q, shared.q, g_q, 2)
+            t_sk, t_gk = boxes(maps.k, shared.k, g_k, 2)
+            t_sv, t_gv = boxes(maps.v, shared.v, g_v, 2)
 
             self._load(rings.q, q_at, maps.q, t_gq, t_sq)
             q_at = rings.q.next(q_at)
@@ -321,36 +331,6 @@ class Sm90Forward:
 
     def _bytes(self, target) -> int:
         return cute.size(target.shape[0]) * self.dtype.width // 8
-
-    @cute.jit
-    def _write_unseen(self, outputs, sink, work, sequence, first_row):
-        """Output and LSE of a query tile that sees no key: zeros, and -inf or the sink's logit."""
-        lane = cute.arch.lane_idx()
-        batch = self._batch(work)
-        empty = -Float32.inf
-        if const_expr(sink is not None):
-            empty = Float32(sink[work.head])
-        rows = cutlass.min(first_row + self.config.tile_m, sequence.rows_q)
-        for row in cutlass.range(first_row, rows, unroll=1):
-            for column in cutlass.range(lane, self.kinds.head_dim_v, 32, unroll=1):
-                outputs.out[sequence.offset_q + row, column, work.head, batch] = self.dtype(0.0)
-        for row in cutlass.range(first_row + lane, rows, 32, unroll=1):
-            outputs.lse[sequence.offset_q + row, work.head, batch] = empty if row < sequence.seqlen_q else -Float32.inf
-
-    @cute.jit
-    def _write_past_the_end(self, outputs, extent, lengths, program, programs):
-        """Zeros and -inf in the rows after the last sequence, which usually do not exist."""
-        lane = cute.arch.lane_idx()
-        end = Int32(0)
-        if extent.batch > 0:
-            last = sequence_of(extent.batch - 1, lengths, extent)
-            end = last.offset_q + last.rows_q
-        for row in cutlass.range(end + program, extent.seqlen_q, programs, unroll=1):
-            for head in cutlass.range(extent.heads, unroll=1):
-                for column in cutlass.range(lane, self.kinds.head_dim_v, 32, unroll=1):
-                    outputs.out[row, column, head, 0] = self.dtype(0.0)
-                if lane == 0:
-                    outputs.lse[row, head, 0] = -Float32.inf
 
     @cute.jit
     def consume(self, maps, outputs, sink, shared, rings, values):
@@ -566,20 +546,33 @@ class Sm90Forward:
         return _Item(word[0] != 0, WorkItem(*word[1:4]), Sequence(*word[4:9]), Span(*word[9:13]))
 
     @cute.jit
-    def _first_row(self, state, item):
-        """The thread's first query row within the sequence; its other row is 8 further on."""
+    def _first_position(self, state, work):
+        """Position within the sequence of the warpgroup's first row."""
+        config = self.config
+        return work.tile * config.positions + state.group * (config.positions // config.warpgroups)
+
+    @cute.jit
+    def _place(self, state, item, r: cutlass.Constexpr[int]) -> tuple[Int32, Int32]:
+        """Position within the sequence and query head of the thread's row r; row 1 is 8 rows below row 0.
+
+        `packed` is a power of two, so 16 rows, and 8, are whole positions or parts of one: the quotients add up.
+        """
+        packed = self.config.packed
         thread, _, _ = cute.arch.thread_idx()
         within = thread % WARPGROUP
-        return item.work.tile * self.config.tile_m + state.group * 64 + within // 32 * 16 + within % 32 // 4
+        of_warp, of_lane = within // 32 * 16, within % 32 // 4
+        position = self._first_position(state, item.work) + of_warp // packed + of_lane // packed
+        head = item.work.head * packed + (of_warp + of_lane) % packed
+        return position + 8 * r // packed, head + 8 * r % packed
 
     @cute.jit
     def _mask(self, state, item, tile):
         """Hides the scores of keys that their row does not see."""
         column = tile * self.config.tile_n + cute.arch.lane_idx() % 4 * 2
         window = Window(state.values.window_left, state.values.window_right)
-        row = self._first_row(state, item)
         for r in cutlass.range_constexpr(2):
-            first, end = visible_keys(row + 8 * r, item.sequence.seqlen_q, item.sequence.seqlen_k, window)
+            position, _ = self._place(state, item, r)
+            first, end = visible_keys(position, item.sequence.seqlen_q, item.sequence.seqlen_k, window)
             first, end = first - column, end - column
             for j in cutlass.range_constexpr(self.config.tile_n // 8):
                 for c in cutlass.range_constexpr(2):
@@ -662,20 +655,20 @@ class Sm90Forward:
     @cute.jit
     def _write(self, state, maps, outputs, sink, shared, item):
         """Normalises O and writes it and the LSE; by TMA where the warpgroup's 64 rows are the sequence's own."""
-        sequence, work, group = item.sequence, item.work, state.group
+        sequence, work = item.sequence, item.work
         batch = self._batch(work)
-        row = self._first_row(state, item)
-        sink_log2 = None
+        sinks_log2 = [None, None]
         if const_expr(sink is not None):
-            sink_log2 = Float32(sink[work.head]) * LOG2_E
+            sinks_log2 = [Float32(sink[self._place(state, item, r)[1]]) * LOG2_E for r in range(2)]
         for r in cutlass.range_constexpr(2):
+            position, head = self._place(state, item, r)
             total = state.row_sum[r]
             total = total + cute.arch.shuffle_sync_bfly(total, 1)
             total = total + cute.arch.shuffle_sync_bfly(total, 2)
-            scale, lse = finish(state.pivot[r], total, sink_log2)
+            scale, lse = finish(state.pivot[r], total, sinks_log2[r])
             takes_part = True
             if const_expr(self.kinds.seqused_q):
-                takes_part = row + 8 * r < sequence.seqlen_q
+                takes_part = position < sequence.seqlen_q
                 lse = lse if takes_part else -Float32.inf
             for at in cutlass.range_constexpr(cute.size(state.acc_o) // 2):
                 of_row = at // 2 * 4 + 2 * r + at % 2
@@ -683,23 +676,23 @@ class Sm90Forward:
                 if const_expr(self.kinds.seqused_q):  # rows that take no part may hold NaN
                     scaled = scaled if takes_part else Float32(0.0)
                 state.acc_o[of_row] = scaled
-            if cute.arch.lane_idx() % 4 == 0 and row + 8 * r < sequence.rows_q:
-                outputs.lse[sequence.offset_q + row + 8 * r, work.head, batch] = lse
+            if cute.arch.lane_idx() % 4 == 0 and position < sequence.rows_q:
+                outputs.lse[sequence.offset_q + position, head, batch] = lse
                 if const_expr(self.counted):
-                    self._count(outputs.counts, sequence.offset_q + row + 8 * r, work, item.span, state.skips[r])
+                    self._count(outputs.counts, sequence.offset_q + position, head, batch, item.span, state.skips[r])
 
-        first_row = work.tile * self.config.tile_m + group * 64
         r_o = cute.make_rmem_tensor(state.acc_o.layout, self.dtype)
         pairs = cute.recast_tensor(r_o, Int32)
         for at in cutlass.range_constexpr(cute.size(state.acc_o) // 2):
             pairs[at] = _pack(state.acc_o[2 * at], state.acc_o[2 * at + 1], self.dtype)
         whole = True
         if const_expr(self.ragged_q):
-            whole = first_row + 64 <= sequence.rows_q
+            own = self.config.positions // self.config.warpgroups
+            whole = self._first_position(state, work) + own <= sequence.rows_q
         if whole:
             self._store_tile(state, maps, shared, r_o, sequence, work, batch)
         else:
-            self._store_rows(outputs.out, r_o, sequence, work, batch, row)
+            self._store_rows(state, outputs.out, r_o, item, batch)
 
     @cute.jit
     def _store_tile(self, state, maps, shared, r_o, sequence, work, batch):
@@ -719,36 +712,34 @@ class Sm90Forward:
         cute.arch.fence_view_async_shared()
         cute.arch.barrier(barrier_id=sync, number_of_threads=WARPGROUP)
         if leader:
-            m_o = cute.domain_offset((sequence.offset_q, 0), maps.m_out[None, None, work.head, batch])
+            m_o = from_position(maps.m_out[None, None, work.head, batch], sequence.offset_q, self.config.packed)
             g_o = cute.local_tile(m_o, (64, self.config.head_dim_v), (work.tile * self.config.warpgroups + group, 0))
-            t_so, t_go = _boxes(maps.out, s_o, g_o)
+            t_so, t_go = boxes(maps.out, s_o, g_o, 2)
             cute.copy(maps.out, t_so, t_go)
             cute.arch.cp_async_bulk_commit_group()
             if const_expr(not self.overlap_items):
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
-    def _store_rows(self, m_out, r_o, sequence, work, batch, row):
+    def _store_rows(self, state, m_out, r_o, item, batch):
         """The last rows of a packed sequence, straight from registers: the next rows are another sequence's."""
         pairs = cute.recast_tensor(r_o, Int32)
         column = cute.arch.lane_idx() % 4 * 2
         for r in cutlass.range_constexpr(2):
-            if row + 8 * r < sequence.rows_q:
-                line = m_out[sequence.offset_q + row + 8 * r, None, work.head, batch]
+            position, head = self._place(state, item, r)
+            if position < item.sequence.rows_q:
+                line = m_out[item.sequence.offset_q + position, None, head, batch]
                 line = cute.recast_tensor(line, Int32)
                 for j in cutlass.range_constexpr(self.config.head_dim_v // 8):
                     if 8 * j + column < self.kinds.head_dim_v:
                         line[4 * j + column // 2] = pairs[2 * j + r]
 
     @cute.jit
-    def _count(self, counts, row, work, span, skips):
-        at = (work.batch, work.head, row)
-        if const_expr(self.kinds.varlen):
-            counts[work.head, row, 0] = span.end - span.begin
-            counts[work.head, row, 1] = skips
-        else:
-            counts[(*at, 0)] = span.end - span.begin
-            counts[(*at, 1)] = skips
+    def _count(self, counts, row, head, batch, span, skips):
+        """For tests: key tiles visited and rescales skipped of a row."""
+        of_row = counts[head, row, None] if const_expr(self.kinds.varlen) else counts[batch, head, row, None]
+        of_row[0] = span.end - span.begin
+        of_row[1] = skips
 
 
 class _Maps(NamedTuple):
@@ -807,13 +798,6 @@ class _State(NamedTuple):
     skips: cute.Tensor
     rings: Any
     values: Values
-
-
-def _boxes(atom: cute.CopyAtom, shared: cute.Tensor, tiles: cute.Tensor) -> tuple[cute.Tensor, cute.Tensor]:
-    """Both sides of a TMA copy: (box, slot) in shared memory and (box, tile) in global memory."""
-    return cpasync.tma_partition(
-        atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, 2), cute.group_modes(tiles, 0, 2)
-    )
 
 
 def _fold(values: list, combine: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -19,9 +20,14 @@ pytestmark = pytest.mark.skipif(
 )
 dispatch = pytest.importorskip("dispatch", reason="run from the repository's root")
 
-from fa4_core.checks import check_forward  # noqa: E402
-from fa4_core.strategies import Case  # noqa: E402
+from simulation import visited_tiles  # noqa: E402
 
+from fa4_core.checks import check_forward  # noqa: E402
+from fa4_core.problem import Inputs, make_problem  # noqa: E402
+from fa4_core.strategies import Case  # noqa: E402
+from fa4_cute.sm90_config import config_for  # noqa: E402
+
+from . import cute_backend  # noqa: E402
 from .cute_backend import emulated_cute  # noqa: E402
 
 ARCH = "sm_90a"
@@ -35,8 +41,17 @@ FEATURES = {
     },
     "softcap-window-256": {"dtype": bf16, "head_dim": 256, "window": (70, 9), "softcap": 5.0},
     "causal-192": {"dtype": bf16, "head_dim": 192, "head_dim_v": 96, "causal": True},
+    "window-sink-groups-of-8-64": {
+        "dtype": bf16, "head_dim": 64, "window": (70, 9), "sink": "normal", "heads_q": 8
+    },
+    "varlen-window-used-softcap-sink-gqa-256": {
+        "dtype": fp16, "head_dim": 256, "varlen": True, "window": (60, 20), "used": True, "softcap": 5.0,
+        "sink": "normal", "heads_q": 8, "heads_kv": 2
+    },
+    "causal-groups-of-3": {"dtype": bf16, "head_dim": 64, "causal": True, "heads_q": 3},
 }  # fmt: skip
-"""One compilation each; what a case adds is drawn. Both ways to the output are there: beside Q and where Q was."""
+"""One compilation each; what a case adds is drawn. Both ways to the output are there: beside Q and where Q was; heads
+of groups that divide 64 lie side by side in a query tile."""
 
 
 def attention(q, k, v, **options):
@@ -74,6 +89,48 @@ def test_forward_is_within_its_budget(name, data, seed, programs):
     with emulated_cute(ARCH, seed=seed, programs=programs):
         report = check_forward(attention, call.q, call.k, call.v, **call.options)
     assert report.passed, f"schedule {seed}, {programs} blocks: {case!r}\n{report}"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(bf16, 128, 128, heads_q=64, lengths=((5, 300), (0, 3), (2, 0), (1, 70)), varlen=True, causal=True,
+             sink="normal", tail=(2, 0)),
+        Case(fp16, 64, 64, heads_q=64, heads_kv=2, lengths=((20, 200),) * 2, window=(20, None), sink="normal"),
+        Case(fp16, 64, 64, heads_q=16, lengths=((80, 200),) * 2, used=((70, 0), (150, 100)), causal=True),
+        Case(bf16, 192, 128, heads_q=16, lengths=((20, 300), (9, 20)), varlen=True, causal=True),
+        Case(bf16, 192, 192, heads_q=4, heads_kv=2, lengths=((70, 130),) * 2, window=(None, 30), softcap=5.0),
+        Case(fp16, 8, 8, heads_q=4, heads_kv=2, lengths=((130, 200),), causal=True),
+        Case(bf16, 256, 256, heads_q=32, lengths=((9, 100),), used=((8,), (99,)), sink="large"),
+        Case(bf16, 64, 64, heads_q=128, lengths=((3, 100),)),
+    ],
+    ids=["64 of 128 varlen", "32 of 64", "16 of 64 used", "16 of 192 varlen", "2 of 192", "2 of 8", "32 of 256 used",
+         "128 of 64, apart"],
+)  # fmt: skip
+def test_groups_of_any_size(case):
+    """Rows of a packed tile: each of its own head's sink, LSE and output, at its own position's mask and bounds."""
+    call = case.build("cpu")
+    with emulated_cute(ARCH, seed=1):
+        check_forward(attention, call.q, call.k, call.v, **call.options).require()
+
+
+@pytest.mark.parametrize(("group", "longest"), [(1, 500), (3, 300), (8, 200), (64, 60)])
+def test_hidden_tiles_are_never_visited(group, longest):
+    """Counted against brute force, by the positions that a query tile holds."""
+    rng = np.random.default_rng(group)
+    for seed in range(3):
+        len_q, len_k = (int(n) for n in rng.integers((longest // 2, 1), (longest, 600)))
+        left, right = (int(n) for n in rng.integers(0, 100, 2))
+        q, k = torch.randn(1, len_q, group, 64).bfloat16(), torch.randn(1, len_k, 1, 64).bfloat16()
+        inputs = Inputs(q, k, k)
+        problem = make_problem(inputs, window_left=left, window_right=right)
+        _, _, counts = cute_backend.forward(problem, inputs, ARCH, counted=True, seed=seed)
+        assert counts is not None
+        config = config_for(problem.kinds)
+        assert config.packed == (1 if group == 3 else group)
+        want = visited_tiles(len_q, len_k, left, right, config.tile_m // config.packed, config.tile_n)
+        want = np.where(want > 0, want, -1)  # rows without keys are written elsewhere, and not counted
+        assert (counts[0, :, :, 0].numpy() == want).all(), (len_q, len_k, left, right)
 
 
 def test_no_schedule_and_no_number_of_blocks_changes_a_result():

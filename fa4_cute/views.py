@@ -1,4 +1,4 @@
-"""Tensors as TMA and the tensor cores of SM100 take them."""
+"""Tensors as TMA and tensor cores take them."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ def heads_packed(tensor: cute.Tensor, packed: int) -> cute.Tensor:
     return cute.make_tensor(
         tensor.iterator, cute.make_layout(shape, stride=((head, row), column, head * packed, *apart))
     )
+
+
+def from_position(tensor: cute.Tensor, n: Int32, packed: int) -> cute.Tensor:
+    """The rows of position n and after it, of a (S, D) slice of `heads_packed`."""
+    return cute.domain_offset(((0, n) if packed > 1 else n, 0), tensor)
 
 
 def slots_apart(layout, slots: int, apart: int):

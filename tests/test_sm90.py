@@ -1,0 +1,126 @@
+"""The Hopper kernel's promises about its table of tiles and its machine code, and on a Hopper GPU what it visits.
+
+What it computes is executed in tests/emulator/test_project_sm90.py, and checked on a GPU like every backend's results.
+"""
+
+import importlib.util
+import re
+import subprocess
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from simulation import visited_tiles
+
+import fa4_cute
+from fa4_core.problem import Inputs, make_problem
+from fa4_cute import kernels
+from fa4_cute.sm90_config import Sm90Config, config_for
+
+needs_dsl = pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="needs nvidia-cutlass-dsl")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, for nvdisasm")
+HOPPER = (
+    torch.cuda.is_available()
+    and torch.cuda.get_device_capability(0) == (9, 0)
+    and fa4_cute.BACKEND.unavailable(torch.device("cuda", 0)) is None
+)
+
+
+def kinds(head_dim, head_dim_v=None, group=1, **options):
+    k, v = (torch.empty(1, 4, 2, dim, dtype=torch.bfloat16) for dim in (head_dim, head_dim_v or head_dim))
+    return make_problem(Inputs(torch.cat([k] * group, 2), k, v), **options).kinds
+
+
+def varlen_kinds(head_dim, group, **options):
+    """Of packed sequences with a sink and lengths in use: what a row needs to the end of its item."""
+    q, k = (torch.empty(8, heads, head_dim, dtype=torch.bfloat16) for heads in (2 * group, 2))
+    cu, used = torch.tensor([0, 8], dtype=torch.int32), torch.tensor([8], dtype=torch.int32)
+    bounds = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "seqused_q": used, "seqused_k": used}
+    return make_problem(Inputs(q, k, k, sink=torch.empty(2 * group), **bounds), **options).kinds
+
+
+@pytest.mark.parametrize(
+    ("group", "packed"), [(1, 1), (2, 2), (3, 1), (8, 8), (12, 1), (32, 32), (64, 64), (96, 1), (128, 1)]
+)
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+def test_heads_of_a_group_share_a_tile_where_they_fill_a_warpgroups_rows(head_dim, group, packed):
+    kind = kinds(head_dim, group=group)
+    config = config_for(kind)
+    assert config == replace(config_for(kinds(head_dim)), packed=packed)
+    assert config.positions * packed == config.tile_m
+    assert kernels.items(kind, "sm_90a") == (config.positions, packed, 1, False)
+
+
+def test_heads_that_do_not_fill_a_warpgroups_rows_are_refused():
+    with pytest.raises(ValueError, match="packed heads have to divide a warpgroup's 64 rows"):
+        Sm90Config(64, 64, tile_n=128, warpgroups=3, packed=3)
+
+
+@needs_dsl
+def test_a_config_for_another_group_is_refused():
+    from fa4_cute.sm90_forward import Sm90Forward
+
+    with pytest.raises(ValueError, match="packed: got 2 heads, a group has 3"):
+        Sm90Forward(kinds(64, group=3), Sm90Config(64, 64, tile_n=128, packed=2))
+
+
+def disassembled(kept, name, *options):
+    import triton.backends.nvidia as nvidia
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kept.cubin)
+        file.flush()
+        command = [str(Path(nvidia.__file__).parent / "bin" / name), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+CODE = {
+    "window-sink-64": (kinds(64, window_left=5, window_right=5), None),
+    "causal-gqa-128": (kinds(128, group=8, window_right=0), None),
+    "varlen-window-used-sink-gqa-128": (varlen_kinds(128, 64, window_left=5, window_right=5), torch.float32),
+    "varlen-window-used-sink-softcap-gqa-256": (
+        varlen_kinds(256, 4, window_left=5, window_right=5, softcap=2.0),
+        torch.float32,
+    ),
+    "causal-192": (kinds(192, 128, window_right=0), None),
+}
+
+
+@needs_dsl
+@needs_triton
+@pytest.mark.parametrize("name", CODE)
+def test_machine_code_spills_nothing_and_keeps_to_the_consumers_registers(name):
+    from emulator.cute_backend import FACTORIES
+    from emulator.cute_compile import Request, compile_kernel
+
+    kind, sink = CODE[name]
+    kept = compile_kernel(Request("sm_90a", FACTORIES["sm_90a"], (kind, None, False), (kind, sink, False)))
+    usage = disassembled(kept, "cuobjdump", "-res-usage")
+    assert re.search(r"STACK:0 .*LOCAL:0", usage), usage
+    code = disassembled(kept, "nvdisasm", "-c")
+    assert not re.search(r"\b(LDL|STL)\b", code)
+    assert max(int(n) for n in re.findall(r"\bR(\d+)\b", code)) < config_for(kind).registers[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and nvidia-cutlass-dsl")
+@pytest.mark.parametrize("group", [2, 3, 8, 64])
+def test_hidden_tiles_are_never_visited_by_packed_heads(group):
+    """Counted against brute force over random masks, by the positions that a query tile holds."""
+    from fa4_cute import launch
+
+    rng = np.random.default_rng(group)
+    for _ in range(20):
+        len_q, len_k = (int(n) for n in rng.integers(1, 700, 2))
+        left, right = (int(rng.integers(0, 200)) if rng.random() < 0.6 else -1 for _ in range(2))
+        q, k = torch.randn(1, len_q, group, 64).half().cuda(), torch.randn(1, len_k, 1, 64).half().cuda()
+        inputs = Inputs(q, k, k)
+        problem = make_problem(inputs, window_left=left, window_right=right)
+        counts = torch.zeros(*problem.lse_shape, 2, dtype=torch.int32, device="cuda")
+        launch.forward(problem, inputs, counts)
+        config = config_for(problem.kinds)
+        want = visited_tiles(len_q, len_k, left, right, config.tile_m // config.packed, config.tile_n)
+        assert (counts[0, :, :, 0].cpu().numpy() == want).all(), (len_q, len_k, left, right)
