@@ -18,8 +18,9 @@ import dispatch
 from fa4_core.bench.contestants import Contestant
 from fa4_core.bench.timing import WallTimer
 from fa4_core.cli import missing_line
-from fa4_core.commands import check, overview
+from fa4_core.commands import check, info, overview
 from fa4_core.commands.app import make_app
+from fa4_core.strategies import Case
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a CUDA device")
@@ -87,6 +88,17 @@ def test_check_reports_a_kernel_that_raises_and_goes_on(run, few_checks):
     assert result.exit_code == 1
     assert "RuntimeError: does not compile" in result.stdout
     assert "varlen, with empty sequences" in result.stdout
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_answers_come_in_order_from_however_many_processes(processes):
+    """Another process has to find the attention, too."""
+    case = Case(lengths=((5, 7),), dtype=torch.float64)
+    jobs = [(case, torch.device("cpu"), backend) for backend in ("reference", "cute", "reference")]
+    first, second, third = check._answers(dispatch.attention, jobs, processes)
+    assert first == third
+    assert first.cell.startswith("[green]0.")
+    assert second.cell == "not served"
 
 
 def test_every_problem_of_check_is_served_by_the_reference():
@@ -166,6 +178,13 @@ def test_info_lists_versions_and_backends(run):
 
 
 @CPU_ONLY
+def test_info_prints_an_install_line_with_its_extra(run, monkeypatch):
+    monkeypatch.setattr(
+        info, "unavailable", lambda device: {"cute": "install it with: pip install 'fa4-attention[cute]'"}
+    )
+    assert "fa4-attention[cute]" in run("info").stdout
+
+
 def test_bench_writes_json_and_a_chart(run, tmp_path):
     out, chart = tmp_path / "bench.json", tmp_path / "bench.png"
     arguments = ("bench", "--case", SMALL, "--rounds", "2", "--out", str(out), "--chart", str(chart))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from fa4_core.checks import Report, check_backward
@@ -45,6 +50,15 @@ CASES = {
     ),
 }
 """The problems, by what is particular to them; each runs in every dtype of a backend."""
+PROCESSES = 8
+"""On a GPU so many check at once: a kernel takes seconds to compile and microseconds to run."""
+
+
+class _Answer(NamedTuple):
+    """A cell of the table, and what failed, if anything."""
+
+    cell: str
+    failure: str | None = None
 
 
 def run_check(attention: Callable, named: list[str] | None = None, console: Console | None = None) -> bool:
@@ -60,22 +74,27 @@ def run_check(attention: Callable, named: list[str] | None = None, console: Cons
     """
     console = console or Console()
     device = default_device()
+    names = running_backends(device, named)
+    jobs = [(replace(case, dtype=t), device, name) for name in names for case in CASES.values() for t in dtypes(name)]
+    processes = min(PROCESSES, os.cpu_count() or 1) if device.type == "cuda" else 0
+    checked = track(_answers(attention, jobs, processes), "checking", len(jobs), console=console, transient=True)
+    answers = iter(list(checked))
     passed = True
-    for backend in running_backends(device, named):
+    for backend in names:
         table = Table(title=f"{backend} on {_title(device)}: worst error over its budget", title_justify="left")
         table.add_column("problem")
         failures: list[str] = []
         types = dtypes(backend)
         for dtype in types:
             table.add_column(_short(dtype), justify="right")
-        for name, case in CASES.items():
-            cells = []
-            for dtype in types:
-                cell, failure = _checked(attention, replace(case, dtype=dtype), device, backend)
-                cells.append(cell)
-                if failure is not None:
-                    failures.append(f"{backend}, {name}, {_short(dtype)}: {failure}")
-            table.add_row(name, *cells)
+        for name in CASES:
+            row = [next(answers) for _ in types]
+            table.add_row(name, *(answer.cell for answer in row))
+            failures += [
+                f"{backend}, {name}, {_short(dtype)}: {answer.failure}"
+                for dtype, answer in zip(types, row)
+                if answer.failure is not None
+            ]
         console.print(table)
         for failure in failures:
             console.print(failure, style="red", markup=False, highlight=False)
@@ -83,20 +102,28 @@ def run_check(attention: Callable, named: list[str] | None = None, console: Cons
     return passed
 
 
-def _checked(attention: Callable, case: Case, device: torch.device, backend: str) -> tuple[str, str | None]:
-    """The table's cell, and what failed."""
+def _answers(attention: Callable, jobs: list, processes: int) -> Iterator[_Answer]:
+    """The answer to each (case, device, backend), in order; with 0 processes this one works them out."""
+    if processes == 0:
+        yield from (_checked(attention, *job) for job in jobs)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_checked, [attention] * len(jobs), *zip(*jobs))
+
+
+def _checked(attention: Callable, case: Case, device: torch.device, backend: str) -> _Answer:
     call = case.build(device)
     try:
         report: Report = check_backward(
             attention, call.q, call.k, call.v, dout=call.dout, dlse=call.dlse, **call.options, backend=backend
         )
     except NotImplementedError:
-        return "not served", None
+        return _Answer("not served")
     except Exception as error:  # a kernel that does not compile or launch is a finding like any other
-        return "[red]error", f"{type(error).__name__}: {error}"
+        return _Answer("[red]error", f"{type(error).__name__}: {error}")
     if report.passed:
-        return f"[green]{report.ratio:.2f}", None
-    return f"[red]{report.ratio:.2f}", "\n".join(f.message for f in report.findings if not f.passed)
+        return _Answer(f"[green]{report.ratio:.2f}")
+    return _Answer(f"[red]{report.ratio:.2f}", "\n".join(f.message for f in report.findings if not f.passed))
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fa4_core.bench.results import driver, installed
@@ -47,7 +48,7 @@ def run_info(dispatch: ModuleType, console: Console | None = None) -> None:
     console.print(f"\nbackends on {device}")
     table = Table(show_header=False, box=None)
     for name, why in unavailable(device).items():
-        table.add_row(name, "[green]available" if why is None else "[yellow]not available", why or "")
+        table.add_row(name, "[green]available" if why is None else "[yellow]not available", escape(why or ""))
     console.print(table)
     if importlib.util.find_spec("cutlass") is not None:
         from fa4_cute import cache
