@@ -177,14 +177,13 @@ def test_info_lists_versions_and_backends(run):
         assert expected in result.stdout
 
 
-@CPU_ONLY
 def test_info_prints_an_install_line_with_its_extra(run, monkeypatch):
-    monkeypatch.setattr(
-        info, "unavailable", lambda device: {"cute": "install it with: pip install 'fa4-attention[cute]'"}
-    )
+    line = "install it with: pip install 'fa4-attention[cute]'"
+    monkeypatch.setattr(info, "unavailable", lambda device: {"cute": line})
     assert "fa4-attention[cute]" in run("info").stdout
 
 
+@CPU_ONLY
 def test_bench_writes_json_and_a_chart(run, tmp_path):
     out, chart = tmp_path / "bench.json", tmp_path / "bench.png"
     arguments = ("bench", "--case", SMALL, "--rounds", "2", "--out", str(out), "--chart", str(chart))
