@@ -7,17 +7,29 @@ docs/semantics.md. Importing this module imports no kernel: each backend loads o
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from fa4_core import backends, kvcache, merge, ops
-from fa4_core.problem import DEFAULT_RESCALE_THRESHOLD, UNBOUNDED, Inputs, Kinds
+from fa4_core.kvcache import CacheOptions
+from fa4_core.problem import (
+    DEFAULT_RESCALE_THRESHOLD,
+    UNBOUNDED,
+    Inputs,
+    Kinds,
+    Options,
+    check_contents,
+    check_signature,
+    check_types,
+    signature_of,
+)
 
 if TYPE_CHECKING:
     from fa4_core.backends import Backend
@@ -28,6 +40,7 @@ __version__ = "0.1.0"
 BackendName = Literal["auto", "triton", "cute", "reference"]
 Window = tuple[int | None, int | None]
 Default = TypeVar("Default", float, None)
+Checked = TypeVar("Checked")
 
 AUTO_ORDER = {"cuda": ("cute", "triton"), "cpu": ("reference",)}
 """What `auto` tries on a device type, in this order. The reference is never an automatic choice on a GPU."""
@@ -118,29 +131,24 @@ def _side(side: str, value: int | None) -> int:
     return value
 
 
-def _window(window: Window, causal: bool) -> tuple[int, int]:
-    """(left, right) with -1 for unbounded; causal caps right at 0."""
+def _pair(window: Window) -> Window:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"window: got {window!r}, accepted is a pair (left, right)")
-    left, right = _side("left", window[0]), _side("right", window[1])
+    return window
+
+
+def _window(left: int | None, right: int | None, causal: bool) -> tuple[int, int]:
+    """(left, right) with -1 for unbounded; causal caps right at 0."""
+    left, right = _side("left", left), _side("right", right)
     if right < UNBOUNDED:
         raise ValueError(f"window: right is {right}, accepted are integers >= 0, and None or -1 for unbounded")
     return left, 0 if causal else right
 
 
-def _arguments(
-    q, k, v, causal, window, softmax_scale, softcap, sink, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-    seqused_q, seqused_k, page_table, rescale_threshold, deterministic, backend,
-) -> tuple[Any, ...]:  # fmt: skip
-    """The operator's arguments, with every Python type checked; shapes and numbers are checked inside the operator."""
-    tensors = Inputs(q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
-    for name, tensor in zip(Inputs._fields, tensors):
-        if tensor is None and name not in "qkv":
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, accepted is a torch.Tensor")
-    if page_table is not None:
-        kvcache.refuse_gradients(Inputs._fields, tensors)
+def _options(
+    max_seqlen_q, max_seqlen_k, softmax_scale, softcap, causal, left, right, rescale_threshold, deterministic, backend
+) -> Options:
+    """The call's options, with every Python type checked; numbers are checked with the tensors' shapes."""
     for name, hint in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if hint is not None and (isinstance(hint, bool) or not isinstance(hint, int)):
             raise TypeError(f"{name}: got {type(hint).__name__}, accepted are integers or None")
@@ -149,14 +157,42 @@ def _arguments(
     scale = _float("softmax_scale", softmax_scale, None)
     if scale != scale:  # NaN, in a form that torch.compile can trace
         raise ValueError(f"softmax_scale: got {scale}, accepted are finite numbers > 0 or None")
-    left, right = _window(window, _bool("causal", causal))
-    values = ops.pack_values(
-        scale,
-        _float("softcap", softcap, 0.0),
-        _float("rescale_threshold", rescale_threshold, DEFAULT_RESCALE_THRESHOLD),
-    )
+    left, right = _window(left, right, _bool("causal", causal))
+    softcap = _float("softcap", softcap, 0.0)
+    threshold = _float("rescale_threshold", rescale_threshold, DEFAULT_RESCALE_THRESHOLD)
     deterministic = _bool("deterministic", deterministic)
-    return (*tensors, max_seqlen_q, max_seqlen_k, values, left, right, deterministic, backend)
+    return Options(max_seqlen_q, max_seqlen_k, scale, softcap, left, right, threshold, deterministic, backend)
+
+
+def _cache_options(
+    softmax_scale, softcap, causal, left, right, rotary_interleaved, num_splits, backend
+) -> CacheOptions:
+    """As `_options`, for `attention_with_kvcache`."""
+    if isinstance(num_splits, bool) or not isinstance(num_splits, int):
+        raise TypeError(f"num_splits: got {type(num_splits).__name__}, accepted are integers")
+    interleaved = _bool("rotary_interleaved", rotary_interleaved)
+    scored = _options(None, None, softmax_scale, softcap, causal, left, right, None, False, backend)
+    return CacheOptions(
+        scored.softmax_scale, scored.softcap, scored.window_left, scored.window_right, interleaved, num_splits, backend
+    )
+
+
+def _remembered(check: Callable[..., Checked]) -> Callable[..., Checked]:
+    """A check of options, remembered: calls have few, and again and again the same."""
+    known = functools.lru_cache(maxsize=1024, typed=True)(check)  # by type, too: 1 is no True
+
+    def checked(*args) -> Checked:
+        if torch.compiler.is_compiling():
+            return check(*args)
+        try:
+            return known(*args)
+        except TypeError:  # raised by the check, or by what has no hash
+            return check(*args)
+
+    return checked
+
+
+_checked_options, _checked_cache_options = _remembered(_options), _remembered(_cache_options)
 
 
 def attention(
@@ -216,12 +252,15 @@ def attention(
     Source: Dao et al., "FlashAttention" (2022); Zadouri et al., "FlashAttention-4" (2026) for the skipped rescaling.
     """
     return_lse = _bool("return_lse", return_lse)
-    out, lse = ops.attention(
-        *_arguments(
-            q, k, v, causal, window, softmax_scale, softcap, sink, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-            max_seqlen_k, seqused_q, seqused_k, page_table, rescale_threshold, deterministic, backend,
-        )
+    inputs = Inputs(q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
+    if page_table is not None:
+        check_types(Inputs._fields, inputs, ("q", "k", "v"))
+        kvcache.refuse_gradients(Inputs._fields, inputs)
+    options = _checked_options(
+        max_seqlen_q, max_seqlen_k, softmax_scale, softcap, causal, *_pair(window), rescale_threshold, deterministic,
+        backend,
     )  # fmt: skip
+    out, lse = ops.attention(inputs, options)
     return (out, lse) if return_lse else out
 
 
@@ -292,26 +331,14 @@ def attention_with_kvcache(
         length = cache_seqlens
     else:
         raise TypeError(f"cache_seqlens: got {type(cache_seqlens).__name__}, accepted are an int and a torch.Tensor")
-    tensors = kvcache.CacheInputs(
+    inputs = kvcache.CacheInputs(
         q, k_cache, v_cache, k, v, lengths, page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin,
         k_descale, v_descale, sink,
     )  # fmt: skip
-    for name, tensor in (*zip(tensors._fields, tensors), ("out", out)):
-        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("q", "k_cache", "v_cache")):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, accepted is a torch.Tensor")
-    if isinstance(num_splits, bool) or not isinstance(num_splits, int):
-        raise TypeError(f"num_splits: got {type(num_splits).__name__}, accepted are integers")
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: got {type(backend).__name__}, accepted is a str")
-    left, right = _window(window, _bool("causal", causal))
-    scale = _float("softmax_scale", softmax_scale, None)
-    if scale != scale:
-        raise ValueError(f"softmax_scale: got {scale}, accepted are finite numbers > 0 or None")
-    interleaved = _bool("rotary_interleaved", rotary_interleaved)
-    out, lse = kvcache.attend(
-        tensors, out, length, scale, _float("softcap", softcap, 0.0), left, right, interleaved, num_splits, backend,
-        return_lse,
-    )  # fmt: skip
+    options = _checked_cache_options(
+        softmax_scale, softcap, causal, *_pair(window), rotary_interleaved, num_splits, backend
+    )
+    out, lse = kvcache.attend(inputs, out, length, options, return_lse)
     return out if lse is None else (out, lse)
 
 
@@ -349,11 +376,18 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options) -> Choice:
     """
     bound = inspect.signature(attention).bind(q, k, v, **options)
     bound.apply_defaults()
-    _bool("return_lse", bound.arguments.pop("return_lse"))
-    *tensors, seqlen_q, seqlen_k, values, left, right, deterministic, requested = _arguments(**bound.arguments)
-    inputs = ops.autocast(Inputs(*tensors))
-    problem = ops.problem_of(inputs, seqlen_q, seqlen_k, values, left, right, deterministic)
-    kinds, device = problem.kinds, problem.device
+    rest = bound.arguments
+    inputs = Inputs(*[rest.pop(name) for name in Inputs._fields])
+    check_types(Inputs._fields, inputs, ("q", "k", "v"))
+    if inputs.page_table is not None:
+        kvcache.refuse_gradients(Inputs._fields, inputs)
+    inputs = ops.autocast(inputs)
+    _bool("return_lse", rest.pop("return_lse"))
+    left, right = _pair(rest.pop("window"))
+    checked = _options(**rest, left=left, right=right)
+    problem = check_signature(signature_of(inputs), checked)
+    check_contents(problem, inputs)
+    kinds, device, requested = problem.kinds, problem.device, checked.backend
     backend = _choose(kinds, device, requested)
     chosen = backend.name
     others = (name for name in backends.MODULES if name != chosen)

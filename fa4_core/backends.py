@@ -31,7 +31,8 @@ class Backend(ABC):
     """One implementation of attention: what it supports, and how it runs a problem.
 
     `forward` and `backward` may assume a checked problem that `missing` had no objection to, with q, k and v of a
-    contiguous last dimension whose size is a multiple of `head_dim_multiple`, and the other tensors contiguous.
+    contiguous last dimension whose size is a multiple of `head_dim_multiple`, and the other tensors contiguous. The
+    problem's CUDA device is the current one.
     """
 
     name: str
@@ -66,8 +67,8 @@ class Backend(ABC):
     ) -> None:
         """Appends to the caches in place, and writes out and lse (None: not wanted), where `serves_kv_cache`.
 
-        length: cache_seqlens where that is an int. Tensors come as the caller gave them: any strides, but for the
-        caches and out, whose last dimension is contiguous.
+        length: cache_seqlens where that is an int. Index tensors and the sink are contiguous, a page_table is so along
+        its last dimension, as all others are but for the descales.
         """
         raise NotImplementedError(f"backend {self.name!r} serves no KV cache")
 

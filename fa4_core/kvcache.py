@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fa4_core import ops
+from fa4_core.allocation import allocator
 from fa4_core.problem import (
     DEFAULT_RESCALE_THRESHOLD,
     DTYPES,
@@ -23,12 +24,21 @@ from fa4_core.problem import (
     UNBOUNDED,
     Inputs,
     Kinds,
+    Meta,
     Problem,
+    Signature,
+    Stride,
     check_numbers,
     check_page_size,
     check_pages,
+    check_types,
     contents_are_checked,
+    is_contiguous,
+    signature_of,
 )
+
+if TYPE_CHECKING:
+    from fa4_core.backends import Backend
 
 FP8 = torch.float8_e4m3fn
 MAX_FP8 = 448.0
@@ -60,12 +70,14 @@ class CacheProblem:
 
     `attend` is the attention itself, once the rows are appended: `batch` sequences of `seqlen_q` queries on up to
     `seqlen_k` = capacity keys. `n_blocks` counts the cache's pages, or its batch elements when it is contiguous, and
-    `page_size` is their rows. `positions` and `rotary_dim` are those of the rotary embedding, 0 without
+    `page_size` is their rows. `signature` is that of `CacheInputs` and, last, of `out`, None where the call makes
+    it. `positions` and `rotary_dim` are those of the rotary embedding, 0 without
     rotary embedding; with it, the rows of q stand at consecutive positions under a mask and all at the first one
     without.
     """
 
     attend: Problem
+    signature: Signature
     cache_dtype: torch.dtype
     appended: int
     n_blocks: int
@@ -92,54 +104,17 @@ class CacheProblem:
         return max(self.appended, rows if self.consecutive else min(rows, 1))
 
 
-class _Meta(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
+class CacheOptions(NamedTuple):
+    """What a call has besides tensors and cache_seqlens: as `dispatch.attention_with_kvcache` takes it, but for the
+    windows, -1 for unbounded."""
 
-
-def make_cache_problem(
-    inputs: CacheInputs,
-    *,
-    length: int | None = None,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
-    window_left: int = UNBOUNDED,
-    window_right: int = UNBOUNDED,
-    rotary_interleaved: bool = True,
-    num_splits: int = 0,
-) -> CacheProblem:
-    """Checks a call and returns its problem; nothing is written before.
-
-    Args:
-        inputs: the call's tensors.
-        length: cache_seqlens where it is an int, else None.
-        softmax_scale, softcap, window_left, window_right: as `fa4_core.problem.make_problem` takes them.
-        rotary_interleaved, num_splits: as `dispatch.attention_with_kvcache` takes them.
-
-    Raises:
-        TypeError: an argument has a wrong type or dtype.
-        ValueError: a shape, device, stride, number or index is out of what is accepted. Messages name the argument.
-    """
-    for name, cache in (("k_cache", inputs.k_cache), ("v_cache", inputs.v_cache)):
-        # Not a question of signature, but of this tensor: what is copied would not be written in place.
-        if cache.dim() == 4 and cache.stride(-1) != 1 and cache.shape[-1] != 1:
-            raise ValueError(f"{name}: its last dimension has stride {cache.stride(-1)}, accepted is 1")
-    problem = _problem_of(
-        tuple([None if t is None else (t.shape, t.dtype, t.device) for t in inputs]),
-        softmax_scale,
-        softcap,
-        window_left,
-        window_right,
-        rotary_interleaved,
-        num_splits,
-    )
-    # Not a question of signature either: an int that grows with every step must not make a new problem each time.
-    if length is not None:
-        _check_length(problem, length)
-    if contents_are_checked(problem.attend.device):
-        _check_contents(problem, inputs, length or 0)
-    return problem
+    softmax_scale: float | None = None
+    softcap: float = 0.0
+    window_left: int = UNBOUNDED
+    window_right: int = UNBOUNDED
+    rotary_interleaved: bool = True
+    num_splits: int = 0
+    backend: str = "auto"
 
 
 def _check_length(problem: CacheProblem, length: int) -> None:
@@ -153,41 +128,43 @@ def _check_length(problem: CacheProblem, length: int) -> None:
         raise ValueError(f"rotary_cos: {problem.positions} positions, but the call reaches {length + problem.reach}")
 
 
-def _is(name: str, meta: _Meta, shape: tuple[int, ...], what: str, q: _Meta) -> None:
+def _is(name: str, meta: Meta, shape: tuple[int, ...], what: str, q: Meta) -> None:
     if tuple(meta.shape) != shape:
         raise ValueError(f"{name}: got shape {tuple(meta.shape)}, accepted is {what} = {shape}")
     if meta.device != q.device:
         raise ValueError(f"{name}: on {meta.device}, but q is on {q.device}")
 
 
-def _is_index(name: str, meta: _Meta, shape: tuple[int, ...], what: str, q: _Meta) -> None:
+def _is_index(name: str, meta: Meta, shape: tuple[int, ...], what: str, q: Meta) -> None:
     if meta.dtype != torch.int32:
         raise TypeError(f"{name}: dtype {meta.dtype} is not accepted, only torch.int32")
     _is(name, meta, shape, what, q)
 
 
-def _both(first: str, second: str, a: _Meta | None, b: _Meta | None) -> None:
+def _both(first: str, second: str, a: Meta | None, b: Meta | None) -> None:
     if (a is None) != (b is None):
         missing, given = (first, second) if a is None else (second, first)
         raise ValueError(f"{missing}: missing, but {given} was given; both or neither are accepted")
 
 
-@functools.lru_cache(maxsize=4096)
-def _problem_of(
-    metas: tuple[tuple | None, ...],
-    softmax_scale: float | None,
-    softcap: float,
-    window_left: int,
-    window_right: int,
-    rotary_interleaved: bool,
-    num_splits: int,
-) -> CacheProblem:
-    q, k_cache, v_cache, k, v, seqlens, page_table, batch_idx, leftpad, cos, sin, k_descale, v_descale, sink = (
-        None if meta is None else _Meta(*meta) for meta in metas
+def check_cache_signature(signature: Signature, options: CacheOptions) -> CacheProblem:
+    """Checks what calls of one signature share and returns their problem.
+
+    Args:
+        signature: of `CacheInputs` and, last, of `out`.
+        options: the call's.
+
+    Raises:
+        TypeError: an argument has a wrong dtype.
+        ValueError: a shape, device, stride or number is out of what is accepted. Messages name the argument.
+    """
+    q, k_cache, v_cache, k, v, seqlens, page_table, batch_idx, leftpad, cos, sin, k_descale, v_descale, sink, out = (
+        None if meta is None else Meta(*meta) for meta in signature
     )
     assert q is not None
     assert k_cache is not None
     assert v_cache is not None
+    softmax_scale, softcap, window_left, window_right, rotary_interleaved, num_splits, _ = options
     paged = page_table is not None
     batch, seqlen_q, heads_q, head_dim = _check_query(q)
     n_blocks, page_size, heads_kv, head_dim_v = _check_cache(q, k_cache, v_cache, paged)
@@ -223,6 +200,8 @@ def _problem_of(
         raise ValueError(f"num_splits: got {num_splits}, accepted are 0 (by each row's length) to {MAX_SPLITS}")
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     check_numbers(scale, softcap, window_left, window_right, DEFAULT_RESCALE_THRESHOLD)
+    if out is not None:
+        _check_out(out, (batch, seqlen_q, heads_q, head_dim_v), q)
     attend = Problem(
         kinds=Kinds(
             dtype=q.dtype,
@@ -240,6 +219,7 @@ def _problem_of(
             kv_cache=True,
         ),
         device=q.device,
+        strides=(q.stride, k_cache.stride, v_cache.stride),
         batch=batch,
         seqlen_q=seqlen_q,
         seqlen_k=capacity,
@@ -256,6 +236,7 @@ def _problem_of(
     )
     return CacheProblem(
         attend=attend,
+        signature=signature,
         cache_dtype=k_cache.dtype,
         appended=appended,
         n_blocks=n_blocks,
@@ -267,7 +248,7 @@ def _problem_of(
     )
 
 
-def _check_query(q: _Meta) -> tuple[int, int, int, int]:
+def _check_query(q: Meta) -> tuple[int, int, int, int]:
     if q.dtype not in DTYPES:
         raise TypeError(f"q: dtype {q.dtype} is not accepted, only {', '.join(map(str, DTYPES))}")
     if len(q.shape) != 4:
@@ -280,7 +261,7 @@ def _check_query(q: _Meta) -> tuple[int, int, int, int]:
     return batch, seqlen, heads, head_dim
 
 
-def _check_cache(q: _Meta, k_cache: _Meta, v_cache: _Meta, paged: bool) -> tuple[int, int, int, int]:
+def _check_cache(q: Meta, k_cache: Meta, v_cache: Meta, paged: bool) -> tuple[int, int, int, int]:
     """Returns blocks, rows of a block, heads_kv and head_dim_v."""
     layout = "(n_pages, page_size, heads_kv, head_dim)" if paged else "(batch, seqlen, heads_kv, head_dim)"
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -290,6 +271,8 @@ def _check_cache(q: _Meta, k_cache: _Meta, v_cache: _Meta, paged: bool) -> tuple
             raise TypeError(f"{name}: dtype {cache.dtype}, accepted are q's {q.dtype} and {FP8}")
         if cache.device != q.device:
             raise ValueError(f"{name}: on {cache.device}, but q is on {q.device}")
+        if cache.stride[-1] != 1 and cache.shape[-1] != 1:  # what is copied would not be written in place
+            raise ValueError(f"{name}: its last dimension has stride {cache.stride[-1]}, accepted is 1")
     if v_cache.dtype != k_cache.dtype:
         raise TypeError(f"v_cache: dtype {v_cache.dtype} differs from k_cache's {k_cache.dtype}")
     n_blocks, rows, heads_kv, head_dim = k_cache.shape
@@ -307,7 +290,7 @@ def _check_cache(q: _Meta, k_cache: _Meta, v_cache: _Meta, paged: bool) -> tuple
     return n_blocks, rows, heads_kv, head_dim_v
 
 
-def _check_new(q: _Meta, k: _Meta | None, v: _Meta | None, batch: int, heads_kv: int, head_dim_v: int) -> int:
+def _check_new(q: Meta, k: Meta | None, v: Meta | None, batch: int, heads_kv: int, head_dim_v: int) -> int:
     """Returns how many rows a sequence appends."""
     _both("k", "v", k, v)
     if k is None or v is None:
@@ -321,7 +304,7 @@ def _check_new(q: _Meta, k: _Meta | None, v: _Meta | None, batch: int, heads_kv:
     return k.shape[1]
 
 
-def _check_rotary(q: _Meta, cos: _Meta | None, sin: _Meta | None, k: _Meta | None) -> tuple[int, int]:
+def _check_rotary(q: Meta, cos: Meta | None, sin: Meta | None, k: Meta | None) -> tuple[int, int]:
     """Returns positions and rotary dimension."""
     _both("rotary_cos", "rotary_sin", cos, sin)
     if cos is None or sin is None:
@@ -342,7 +325,7 @@ def _check_rotary(q: _Meta, cos: _Meta | None, sin: _Meta | None, k: _Meta | Non
     return cos.shape[0], 2 * cos.shape[1]
 
 
-def _check_descale(name: str, descale: _Meta | None, cache: _Meta, batch: int, heads_kv: int, q: _Meta) -> None:
+def _check_descale(name: str, descale: Meta | None, cache: Meta, batch: int, heads_kv: int, q: Meta) -> None:
     if descale is None:
         return
     if cache.dtype != FP8:
@@ -397,31 +380,107 @@ _LIBRARY.define(_PLAIN + _ARGUMENTS)
 # torch.compile makes leaves this overload out.
 _LIBRARY.define(_SCORED + _ARGUMENTS, tags=(torch.Tag.cudagraph_unsafe,))
 _N_TENSORS = len(CacheInputs._fields)
+_NAMES = (*CacheInputs._fields, "out")
+_ROTARY = ("rotary_cos", "rotary_sin")
+_VECTORS = ("cache_seqlens", "cache_batch_idx", "cache_leftpad", "sink")
+
+
+class _Call(NamedTuple):
+    """What calls of one signature share.
+
+    cuda_index: of the device, None elsewhere. as_is: whether the backend takes the tensors as they lie. out, lse: make
+    the results.
+    """
+
+    problem: CacheProblem
+    backend: Backend
+    cuda_index: int | None
+    as_is: bool
+    out: Callable[[], Tensor]
+    lse: Callable[[], Tensor]
+
+
+@functools.lru_cache(maxsize=4096)
+def _call_of(signature: Signature, options: CacheOptions) -> _Call | None:
+    """Checks what equal signatures share, and chooses the backend; None where no operator is for the device.
+
+    Raises as both do.
+    """
+    check_types(_NAMES, signature, ("q", "k_cache", "v_cache"), tuple)
+    if any(meta is not None and meta[3].type not in ops.DEVICE_TYPES for meta in signature):
+        return None
+    problem = check_cache_signature(signature, options)
+    attend, device = problem.attend, problem.attend.device
+    backend = ops.backend_of(attend, options.backend)
+    q, _, _, k, v, seqlens, pages, batch_idx, leftpad, cos, sin, _, _, sink, _ = signature
+    rows = (meta for meta in (q, k, v, pages, cos, sin) if meta is not None)
+    vectors = (meta for meta in (seqlens, batch_idx, leftpad, sink) if meta is not None)
+    as_is = all(_has_plain_rows(*meta[:2]) for meta in rows) and all(is_contiguous(*meta[:2]) for meta in vectors)
+    return _Call(
+        problem=problem,
+        backend=backend,
+        cuda_index=device.index if device.type == "cuda" else None,
+        as_is=as_is,
+        out=allocator(attend.out_shape, attend.kinds.dtype, device),
+        lse=allocator(attend.lse_shape, ops.lse_dtype(attend.kinds.dtype), device),
+    )
+
+
+def _has_plain_rows(shape: tuple[int, ...], stride: Stride) -> bool:
+    return stride[-1] == 1 or shape[-1] == 1
+
+
+def _with_plain_rows(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or _has_plain_rows(tensor.shape, tensor.stride()) else tensor.contiguous()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None else tensor.contiguous()
+
+
+@functools.lru_cache(maxsize=4096)
+def _with_signature(problem: CacheProblem, signature: Signature) -> CacheProblem:
+    return replace(problem, signature=signature)
+
+
+def _fitted(problem: CacheProblem, inputs: CacheInputs, out: Tensor | None) -> tuple[CacheProblem, CacheInputs]:
+    """The problem as backends take it (see `Backend.attend_cache`): what does not lie so is copied."""
+    rows = {name: _with_plain_rows(getattr(inputs, name)) for name in ("q", "k", "v", "page_table", *_ROTARY)}
+    vectors = {name: _contiguous(getattr(inputs, name)) for name in _VECTORS}
+    inputs = inputs._replace(**rows, **vectors)
+    return _with_signature(problem, signature_of((*inputs, out))), inputs
 
 
 def _run(
-    inputs: CacheInputs, out: Tensor, lse: Tensor | None, length: int | None, scale: float | None, softcap: float,
-    left: int, right: int, rotary_interleaved: bool, num_splits: int, name: str,
-) -> None:  # fmt: skip
-    problem = make_cache_problem(
-        inputs,
-        length=length,
-        softmax_scale=scale,
-        softcap=softcap,
-        window_left=left,
-        window_right=right,
-        rotary_interleaved=rotary_interleaved,
-        num_splits=num_splits,
-    )
-    ops.backend_of(problem.attend, name).attend_cache(problem, inputs, length or 0, out, lse)
+    call: _Call, inputs: CacheInputs, length: int | None, out: Tensor | None, lse: Tensor | None, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Runs one call that is checked but for its lengths; makes out and lse where they are wanted and not there."""
+    problem, backend, index, as_is, make_out, make_lse = call
+    if index is not None and torch._C._cuda_getDevice() != index:
+        with torch.cuda.device(index):
+            return _run(call, inputs, length, out, lse, with_lse)
+    # No question of signature: an int that grows with every step must not make a new problem each time.
+    if length is not None:
+        _check_length(problem, length)
+    if contents_are_checked(problem.attend.device):
+        _check_contents(problem, inputs, length or 0)
+    if not as_is:
+        problem, inputs = _fitted(problem, inputs, out)
+    out = make_out() if out is None else out
+    lse = make_lse() if lse is None and with_lse else lse
+    backend.attend_cache(problem, inputs, length or 0, out, lse)
+    return out, lse
 
 
 def _operator(*args) -> None:
     inputs = CacheInputs(*args[:_N_TENSORS])
-    out, lse, length, values, *rest = args[_N_TENSORS:]
+    out, lse, length, values, left, right, interleaved, num_splits, backend = args[_N_TENSORS:]
     scale, softcap = (None, 0.0) if values is None else values.tolist()[:2]
+    options = CacheOptions(None if scale != scale else scale, softcap, left, right, interleaved, num_splits, backend)
+    call = _call_of(signature_of((*inputs, out)), options)
+    assert call is not None  # the dispatcher has brought it here
     with torch.autocast(inputs.q.device.type, enabled=False):
-        _run(inputs, out, lse, length, None if scale != scale else scale, softcap, *rest)
+        _run(call, inputs, length, out, lse, False)
 
 
 def _fake(*args) -> None:
@@ -447,43 +506,44 @@ def refuse_gradients(names: Iterable[str], tensors: Iterable[Tensor | None]) -> 
 
 
 def attend(
-    inputs: CacheInputs,
-    out: Tensor | None,
-    length: int | None,
-    softmax_scale: float | None,
-    softcap: float,
-    window_left: int,
-    window_right: int,
-    rotary_interleaved: bool,
-    num_splits: int,
-    backend: str,
-    with_lse: bool,
+    inputs: CacheInputs, out: Tensor | None, length: int | None, options: CacheOptions, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Runs one call; arguments as `dispatch.attention_with_kvcache` checked their types. Returns out and lse."""
-    q = inputs.q
-    refuse_gradients((*inputs._fields, "out"), (*inputs, out))
-    if q.dim() != 4 or inputs.v_cache.dim() != 4:
-        _problem_of(tuple([None if t is None else (t.shape, t.dtype, t.device) for t in inputs]),
-                    None, 0.0, -1, -1, True, 0)  # raises  # fmt: skip
-    shape = (*q.shape[:3], inputs.v_cache.shape[-1])
+    """Runs one call. Returns out and lse.
+
+    Args:
+        inputs, out: as `dispatch.attention_with_kvcache` takes them, unchecked.
+        length: cache_seqlens where that is an int.
+        options: the call's, of checked types.
+        with_lse: whether lse is wanted.
+    """
+    tensors = (*inputs, out)
+    signature = ops.plain_signature(tensors)
+    call = None if signature is None else _call_of(signature, options)
+    if call is None:
+        check_types(_NAMES, tensors, ("q", "k_cache", "v_cache"))
+    if torch.is_grad_enabled():
+        refuse_gradients(_NAMES, tensors)
+    if call is not None:
+        return _run(call, inputs, length, out, None, with_lse)
+    q, v_cache = inputs.q, inputs.v_cache
+    if q.dim() != 4 or v_cache.dim() != 4:
+        check_cache_signature(signature_of(tensors), CacheOptions())  # raises
+    shape = (*q.shape[:3], v_cache.shape[-1])
     if out is None:
         out = torch.empty(shape, dtype=q.dtype, device=q.device)
     else:
-        _check_out(out, shape, q)
+        _check_out(Meta(out.shape, out.stride(), out.dtype, out.device), shape, q)
     lse = None
     if with_lse:
         lse = torch.empty((shape[0], shape[2], shape[1]), dtype=ops.lse_dtype(q.dtype), device=q.device)
-    rest = (window_left, window_right, rotary_interleaved, num_splits, backend)
-    if ops.is_plain(*inputs, out):
-        _run(inputs, out, lse, length, softmax_scale, softcap, *rest)
-    else:
-        values = ops.pack_values(softmax_scale, softcap, DEFAULT_RESCALE_THRESHOLD)
-        operator = ops.overload_for(torch.ops.fa4.attention_with_kvcache, values)
-        operator(*inputs, out, lse, length, values, *rest)
+    scale, softcap, *rest = options
+    values = ops.pack_values(scale, softcap, DEFAULT_RESCALE_THRESHOLD)
+    operator = ops.overload_for(torch.ops.fa4.attention_with_kvcache, values)
+    operator(*inputs, out, lse, length, values, *rest)
     return out, lse
 
 
-def _check_out(out: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
+def _check_out(out: Meta, shape: tuple[int, ...], q: Meta | Tensor) -> None:
     if out.dtype != q.dtype:
         raise TypeError(f"out: dtype {out.dtype} differs from q's {q.dtype}")
     if tuple(out.shape) != tuple(shape):
@@ -492,12 +552,10 @@ def _check_out(out: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
         )
     if out.device != q.device:
         raise ValueError(f"out: on {out.device}, but q is on {q.device}")
-    if out.shape[-1] != 1 and out.stride(-1) != 1:
-        raise ValueError(f"out: its last dimension has stride {out.stride(-1)}, accepted is 1")
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), shape)):
-        raise ValueError(
-            f"out: strides {out.stride()} of shape {shape}: accepted is a place of its own for each element"
-        )
+    if out.shape[-1] != 1 and out.stride[-1] != 1:
+        raise ValueError(f"out: its last dimension has stride {out.stride[-1]}, accepted is 1")
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride, shape)):
+        raise ValueError(f"out: strides {out.stride} of shape {shape}: accepted is a place of its own for each element")
 
 
 # The reference.

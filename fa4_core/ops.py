@@ -11,14 +11,28 @@ Source for the registration: the PyTorch documentation, "torch.library" (Library
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fa4_core.backends import Backend, Gradients
-from fa4_core.problem import DEFAULT_RESCALE_THRESHOLD, Inputs, Kinds, Problem, make_problem
+from fa4_core.problem import (
+    DEFAULT_RESCALE_THRESHOLD,
+    Inputs,
+    Kinds,
+    Options,
+    Problem,
+    Signature,
+    Stride,
+    check_contents,
+    check_signature,
+    check_types,
+    is_contiguous,
+    signature_of,
+)
 
 _LIBRARY = torch.library.Library("fa4", "DEF")
 _TENSORS = (
@@ -39,7 +53,8 @@ for _overload, _tags in (("", ()), (".scored", (torch.Tag.cudagraph_unsafe,))):
 _N_TENSORS = len(Inputs._fields)
 _VALUES_AT = _N_TENSORS + 2
 
-_NO_OTHERS = [None] * (_N_TENSORS - 3)
+DEVICE_TYPES = ("cpu", "cuda")
+"""For calls on others, above all `meta`, the dispatcher finds who answers."""
 
 Chooser = Callable[[Kinds, torch.device, str], Backend]
 
@@ -55,7 +70,7 @@ def set_chooser(choose: Chooser) -> None:
     """Sets the function that turns (kinds, device, requested name) into the backend that runs; `dispatch` owns it."""
     global _choose
     _choose = choose
-    backend_of.cache_clear()
+    _call_of.cache_clear()
 
 
 def pack_values(softmax_scale: float | None, softcap: float, rescale_threshold: float) -> Tensor | None:
@@ -80,31 +95,22 @@ def overload_for(operator: torch._ops.OpOverloadPacket, values: Tensor | None) -
     return operator.default if values is None else operator.scored
 
 
-def problem_of(
-    inputs: Inputs,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    values: Tensor | None,
-    window_left: int,
-    window_right: int,
-    deterministic: bool,
-) -> Problem:
-    """Builds and checks the problem from the operator's arguments (errors as in `make_problem`)."""
+def _operator_arguments(inputs: Inputs, options: Options) -> tuple[Any, ...]:
+    """What the operator takes for a call."""
+    max_seqlen_q, max_seqlen_k, scale, softcap, left, right, threshold, deterministic, backend = options
+    values = pack_values(scale, softcap, threshold)
+    return (*inputs, max_seqlen_q, max_seqlen_k, values, left, right, deterministic, backend)
+
+
+def _call_arguments(args: tuple[Any, ...]) -> tuple[Inputs, Options]:
+    """`_operator_arguments` undone."""
+    max_seqlen_q, max_seqlen_k, values, left, right, deterministic, backend = args[_N_TENSORS:]
     scale, softcap, threshold = None, 0.0, DEFAULT_RESCALE_THRESHOLD
     if values is not None:
         scale, softcap, threshold = values.tolist()
         scale = None if scale != scale else scale
-    return make_problem(
-        inputs,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        softmax_scale=scale,
-        softcap=softcap,
-        window_left=window_left,
-        window_right=window_right,
-        rescale_threshold=threshold,
-        deterministic=deterministic,
-    )
+    options = Options(max_seqlen_q, max_seqlen_k, scale, softcap, left, right, threshold, deterministic, backend)
+    return Inputs(*args[:_N_TENSORS]), options
 
 
 def _pad_head_dim(tensor: Tensor, multiple: int) -> Tensor:
@@ -115,59 +121,107 @@ def _pad_head_dim(tensor: Tensor, multiple: int) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@functools.lru_cache(maxsize=1024)
-def _with_head_dims(problem: Problem, head_dim: int, head_dim_v: int) -> Problem:
-    return replace(problem, kinds=replace(problem.kinds, head_dim=head_dim, head_dim_v=head_dim_v))
+class _Call(NamedTuple):
+    """What calls of one signature share.
+
+    cuda_index: of the device, None elsewhere. as_is: whether the backend takes the tensors as they lie.
+    """
+
+    problem: Problem
+    backend: Backend
+    cuda_index: int | None
+    as_is: bool
 
 
-def _fitted(problem: Problem, inputs: Inputs, multiple: int) -> tuple[Problem, Inputs]:
-    """The problem as the backend's kernels take it (see `Backend`): head dims padded to `multiple`, vectors packed."""
-    kinds, (q, k, v, *others) = problem.kinds, inputs
-    fits = kinds.head_dim % multiple == kinds.head_dim_v % multiple == 0
-    if fits and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and others == _NO_OTHERS:
-        return problem, inputs
-    q, k, v = (_pad_head_dim(t, multiple) for t in (q, k, v))
-    inputs = Inputs(q, k, v, *[t if t is None else t.contiguous() for t in others])
-    if not fits:
-        problem = _with_head_dims(problem, q.shape[-1], v.shape[-1])
-    return problem, inputs
-
-
-@functools.lru_cache(maxsize=1024)
 def backend_of(problem: Problem, name: str) -> Backend:
-    """The backend that runs a problem where `name` was asked for; remembered. Raises as the chooser does."""
+    """The backend that runs a problem where `name` was asked for. Raises as the chooser does."""
     return _choose(problem.kinds, problem.device, name)
 
 
-def _forward(*args):
-    inputs = Inputs(*args[:_N_TENSORS])
-    *numbers, name = args[_N_TENSORS:]
-    problem = problem_of(inputs, *numbers)
-    backend = backend_of(problem, name)
-    fitted, padded = _fitted(problem, inputs, backend.head_dim_multiple)
+@functools.lru_cache(maxsize=4096)
+def _call_of(signature: Signature, options: Options) -> _Call | None:
+    """Checks what equal signatures share, and chooses the backend; None where no operator is for the device.
+
+    Raises as `check_signature` and the chooser do.
+    """
+    check_types(Inputs._fields, signature, ("q", "k", "v"), tuple)
+    if any(meta is not None and meta[3].type not in DEVICE_TYPES for meta in signature):
+        return None
+    problem = check_signature(signature, options)
+    kinds, device = problem.kinds, problem.device
+    backend = backend_of(problem, options.backend)
+    fits = kinds.head_dim % backend.head_dim_multiple == kinds.head_dim_v % backend.head_dim_multiple == 0
+    rows_packed = all(stride[-1] == 1 for stride in problem.strides)
+    others_packed = all(meta is None or is_contiguous(*meta[:2]) for meta in signature[3:])
+    index = device.index if device.type == "cuda" else None
+    return _Call(problem, backend, index, fits and rows_packed and others_packed)
+
+
+@functools.lru_cache(maxsize=4096)
+def _with_layout(problem: Problem, head_dim: int, head_dim_v: int, strides: tuple[Stride, Stride, Stride]) -> Problem:
+    return replace(problem, kinds=replace(problem.kinds, head_dim=head_dim, head_dim_v=head_dim_v), strides=strides)
+
+
+def _fitted(call: _Call, inputs: Inputs) -> tuple[Problem, Inputs]:
+    """The problem as the backend's kernels take it (see `Backend`): head dims padded to a multiple, vectors packed."""
+    q, k, v = (_pad_head_dim(t, call.backend.head_dim_multiple) for t in inputs[:3])
+    problem = _with_layout(call.problem, q.shape[-1], v.shape[-1], (q.stride(), k.stride(), v.stride()))
+    return problem, Inputs(q, k, v, *[t if t is None else t.contiguous() for t in inputs[3:]])
+
+
+def _forward(call: _Call, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    problem, backend, index, as_is = call
+    if index is not None and torch._C._cuda_getDevice() != index:
+        with torch.cuda.device(index):
+            return _forward(call, inputs)
+    if problem.kinds.indexed:
+        check_contents(problem, inputs)
+    if as_is:
+        return backend.forward(problem, inputs)
+    fitted, padded = _fitted(call, inputs)
     out, lse = backend.forward(fitted, padded)
-    if fitted is not problem:
+    if fitted.kinds is not problem.kinds:
         out = out[..., : problem.kinds.head_dim_v].contiguous()
     return out, lse
 
 
-def _backward(dout, dlse, out, lse, *args):
-    inputs = Inputs(*args[:_N_TENSORS])
-    *numbers, name = args[_N_TENSORS:]
-    problem = problem_of(inputs, *numbers)
-    backend = backend_of(problem, name)
-    fitted, padded = _fitted(problem, inputs, backend.head_dim_multiple)
+def _backward(
+    call: _Call, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None
+) -> Gradients:
+    problem, backend, index, as_is = call
+    if index is not None and torch._C._cuda_getDevice() != index:
+        with torch.cuda.device(index):
+            return _backward(call, inputs, out, lse, dout, dlse)
+    fitted, padded = (problem, inputs) if as_is else _fitted(call, inputs)
     dout = torch.zeros_like(out) if dout is None else dout
     dout, out = (_pad_head_dim(t, backend.head_dim_multiple) for t in (dout, out))
     grads = backend.backward(fitted, padded, out, lse, dout, dlse)
-    if fitted is not problem:
-        head_dim, head_dim_v = problem.kinds.head_dim, problem.kinds.head_dim_v
-        grads = Gradients(
-            grads.q[..., :head_dim].contiguous(),
-            grads.k[..., :head_dim].contiguous(),
-            grads.v[..., :head_dim_v].contiguous(),
-            grads.sink,
-        )
+    if fitted.kinds is problem.kinds:
+        return grads
+    head_dim, head_dim_v = problem.kinds.head_dim, problem.kinds.head_dim_v
+    return Gradients(
+        grads.q[..., :head_dim].contiguous(),
+        grads.k[..., :head_dim].contiguous(),
+        grads.v[..., :head_dim_v].contiguous(),
+        grads.sink,
+    )
+
+
+def _call_below(inputs: Inputs, options: Options) -> _Call:
+    """The call where the dispatcher has brought it here, so that its devices are known to be ours."""
+    call = _call_of(signature_of(inputs), options)
+    assert call is not None
+    return call
+
+
+def _operator(*args):
+    inputs, options = _call_arguments(args)
+    return _forward(_call_below(inputs, options), inputs)
+
+
+def _backward_operator(dout, dlse, out, lse, *args):
+    inputs, options = _call_arguments(args)
+    grads = _backward(_call_below(inputs, options), inputs, out, lse, dout, dlse)
     # A schema has no optional results: an empty tensor stands for "no sink".
     return grads.q, grads.k, grads.v, lse.new_empty(0) if grads.sink is None else grads.sink
 
@@ -197,11 +251,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        return _Attention.saved(ctx, args, *_below_autograd(*args))
-
-    @staticmethod
-    def saved(ctx, args, out, lse):
-        """Keeps what the backward needs, and passes the results on."""
+        out, lse = _below_autograd(*args)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, lse, *args[:_N_TENSORS], args[_VALUES_AT])
         ctx.numbers = (*args[_N_TENSORS:_VALUES_AT], *args[_VALUES_AT + 1 :])
@@ -211,25 +261,42 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse):  # type: ignore[override]
         out, lse, *tensors, values = ctx.saved_tensors
         max_seqlen_q, max_seqlen_k, *rest = ctx.numbers
-        nothing = (None,) * (len(tensors) - 4 + len(rest) + 3)
-        if dout is None and dlse is None:
-            return (None,) * 4 + nothing
-        with torch.no_grad():
-            plain = is_plain(dout, dlse, *tensors)
-            run = _backward if plain else overload_for(torch.ops.fa4.attention_backward, values)
-            grads = run(dout, dlse, out, lse, *tensors, max_seqlen_q, max_seqlen_k, values, *rest)
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = _Once.apply(len(grads), *grads, dout, dlse, *tensors[:4])
-        dq, dk, dv, dsink = grads
-        return dq, dk, dv, dsink if tensors[3] is not None else None, *nothing
+        args = (*tensors, max_seqlen_q, max_seqlen_k, values, *rest)
+        dq, dk, dv, dsink = _gradients(dout, dlse, out, lse, args)
+        return dq, dk, dv, dsink, *(None,) * (len(args) - 4)
 
 
-class _PlainAttention(_Attention):
-    """`_Attention` for a call that is known to be plain."""
+class _PlainAttention(torch.autograd.Function):
+    """`_Attention` for a plain call, without the operator's arguments."""
 
     @staticmethod
-    def forward(ctx, *args):
-        return _Attention.saved(ctx, args, *_forward(*args))
+    def forward(ctx, call, inputs, options, *differentiable):
+        out, lse = _forward(call, inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out, lse, *inputs)
+        ctx.options = options
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):  # type: ignore[override]
+        out, lse, *tensors = ctx.saved_tensors
+        grads = _gradients(dout, dlse, out, lse, _operator_arguments(Inputs(*tensors), ctx.options))
+        return None, None, None, *grads
+
+
+def _gradients(dout, dlse, out, lse, args):
+    """Of q, k, v and sink (None where there is none), from what arrived and the operator's arguments."""
+    if dout is None and dlse is None:
+        return (None,) * 4
+    tensors = args[:_N_TENSORS]
+    with torch.no_grad():
+        plain = is_plain(dout, dlse, *tensors)
+        run = _backward_operator if plain else overload_for(torch.ops.fa4.attention_backward, args[_VALUES_AT])
+        grads = run(dout, dlse, out, lse, *args)
+    if torch.is_grad_enabled():  # create_graph=True
+        grads = _Once.apply(len(grads), *grads, dout, dlse, *tensors[:4])
+    dq, dk, dv, dsink = grads
+    return dq, dk, dv, None if tensors[3] is None else dsink
 
 
 class _Once(torch.autograd.Function):
@@ -260,36 +327,60 @@ def _differentiable(*args):
 
 def _below_autograd(*args):
     if is_plain(*args[:_N_TENSORS]):
-        return _forward(*args)
+        return _operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return overload_for(torch.ops.fa4.attention, args[_VALUES_AT])(*args)
-
-
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether nothing but autograd takes part in the call: no tracing, mode, transform, autocast or tensor subclass.
-
-    The dispatcher would then only come back here, at some 10 microseconds a visit.
-    """
-    for t in tensors:
-        if t is not None and not (type(t) in _PLAIN and (t.is_cuda or t.is_cpu)):
-            return False
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._is_torch_function_mode_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
-        and not torch._C._is_any_autocast_enabled()
-    )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def attention(*args):
-    """`torch.ops.fa4.attention`, called without the dispatcher where only autograd would take part."""
-    if not is_plain(*args[:_N_TENSORS]):
+def plain_signature(tensors: Iterable[Tensor | None]) -> Signature | None:
+    """The call's signature, or None where something besides autograd takes part in the call, if only perhaps: tracing,
+    a mode, a transform, autocast, a tensor subclass.
+
+    For the rest the dispatcher would only come back here, at some 10 microseconds a visit. Every call comes by here.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        or torch._C._is_any_autocast_enabled()
+    ):
+        return None
+    signature = []
+    for t in tensors:
+        if t is None:
+            signature.append(None)
+        elif type(t) in _PLAIN:
+            signature.append((t.shape, t.stride(), t.dtype, t.device))
+        else:
+            return None
+    return tuple(signature)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd takes part in a call with these tensors, which are on a CPU or a CUDA device."""
+    signature = plain_signature(tensors)
+    return signature is not None and all(meta is None or meta[3].type in DEVICE_TYPES for meta in signature)
+
+
+def attention(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    """`torch.ops.fa4.attention`, called without the dispatcher where only autograd would take part.
+
+    Raises:
+        TypeError: one of the inputs is no tensor; for the rest see `dispatch.attention`.
+    """
+    signature = plain_signature(inputs)
+    call = None if signature is None else _call_of(signature, options)
+    if call is None:
+        check_types(Inputs._fields, inputs, ("q", "k", "v"))
+        args = _operator_arguments(inputs, options)
         return overload_for(torch.ops.fa4.attention, args[_VALUES_AT])(*args)
-    return _PlainAttention.apply(*args) if _needs_grad(*args) else _forward(*args)
+    if _needs_grad(*inputs[:4]):
+        return _PlainAttention.apply(call, inputs, options, *inputs[:4])
+    return _forward(call, inputs)
 
 
 def autocast(inputs: Inputs) -> Inputs:
@@ -315,8 +406,8 @@ def _autocast_forward(op: Callable, key: str, *args):
 for _name in ("default", "scored"):
     _op, _backward_op = (getattr(o, _name) for o in (torch.ops.fa4.attention, torch.ops.fa4.attention_backward))
     for _key in ("CPU", "CUDA"):
-        _LIBRARY.impl(_op, _forward, _key)
-        _LIBRARY.impl(_backward_op, _backward, _key)
+        _LIBRARY.impl(_op, _operator, _key)
+        _LIBRARY.impl(_backward_op, _backward_operator, _key)
         _autocast = f"Autocast{_key}"
         _LIBRARY.impl(_op, functools.partial(_autocast_forward, _op, _autocast), _autocast)
         _LIBRARY.impl(_backward_op, functools.partial(_outside_autocast, _backward_op, _autocast), _autocast)

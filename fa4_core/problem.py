@@ -7,11 +7,11 @@ equal kinds share a compiled kernel whatever their lengths and values.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ DEFAULT_RESCALE_THRESHOLD = 8.0
 MAX_RESCALE_THRESHOLD = 8.0
 UNBOUNDED = -1
 PAGE_MULTIPLE = 8
+
+
+Stride = tuple[int, ...]
+"""What `Tensor.stride()` gives."""
 
 
 class Inputs(NamedTuple):
@@ -36,6 +40,20 @@ class Inputs(NamedTuple):
     seqused_q: Tensor | None = None
     seqused_k: Tensor | None = None
     page_table: Tensor | None = None
+
+
+class Options(NamedTuple):
+    """What a call has besides its tensors: as `dispatch.attention` takes it, but for the windows, -1 for unbounded."""
+
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+    softmax_scale: float | None = None
+    softcap: float = 0.0
+    window_left: int = UNBOUNDED
+    window_right: int = UNBOUNDED
+    rescale_threshold: float = DEFAULT_RESCALE_THRESHOLD
+    deterministic: bool = False
+    backend: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +75,14 @@ class Kinds:
     kv_cache: bool = False
 
     @property
+    def indexed(self) -> bool:
+        """Whether lengths lie in tensors, whose contents no signature tells."""
+        return self.varlen or self.seqused_q or self.seqused_k
+
+    @property
     def uneven(self) -> bool:
         """Whether query tiles may differ in the number of keys that they see."""
-        return self.varlen or self.seqused_q or self.seqused_k or self.window_left or self.window_right
+        return self.indexed or self.window_left or self.window_right
 
     def features(self) -> frozenset[str]:
         """The optional features this problem needs, in the words that `explain` and the errors use."""
@@ -81,13 +104,15 @@ class Kinds:
 class Problem:
     """One checked call; calls of one signature share it, and it compares and hashes by identity, so it is a fast key.
 
-    `batch` counts sequences. `seqlen_q` and `seqlen_k` are rows of the tensors: a batch element's in the dense layout,
-    the total in varlen. Windows are in keys, -1 for unbounded. `softmax_scale` multiplies q k^T; `softcap` is in the
-    units of the scaled scores; `rescale_threshold` is in log2 units.
+    `strides` are those of q, k and v, in elements. `batch` counts sequences. `seqlen_q` and `seqlen_k` are rows of the
+    tensors: a batch element's in the dense layout, the total in varlen. Windows are in keys, -1 for unbounded.
+    `softmax_scale` multiplies q k^T; `softcap` is in the units of the scaled scores; `rescale_threshold` is in log2
+    units.
     """
 
     kinds: Kinds
     device: torch.device
+    strides: tuple[Stride, Stride, Stride]
     batch: int
     seqlen_q: int
     seqlen_k: int
@@ -126,70 +151,70 @@ class Problem:
         return (self.batch, self.heads_q, self.seqlen_q)
 
 
-class _Meta(NamedTuple):
-    """What the checks read of a tensor: everything but its contents and strides."""
+class Meta(NamedTuple):
+    """What the checks read of a tensor: everything but its contents and address."""
 
     shape: tuple[int, ...]
+    stride: Stride
     dtype: torch.dtype
     device: torch.device
 
 
-def make_problem(
-    inputs: Inputs,
-    *,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
-    window_left: int = UNBOUNDED,
-    window_right: int = UNBOUNDED,
-    rescale_threshold: float = DEFAULT_RESCALE_THRESHOLD,
-    deterministic: bool = False,
-) -> Problem:
+Signature = tuple["tuple | None", ...]
+"""For each tensor of a call what `Meta` holds, in a plain tuple, which is made sooner; None where there is none."""
+
+
+def signature_of(tensors: Iterable[Tensor | None]) -> Signature:
+    """The signature of a call's tensors."""
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+
+
+def check_types(names: Iterable[str], given: Iterable[Any], needed: tuple[str, ...], accepted: type = Tensor) -> None:
+    """Raises TypeError where an argument is no tensor (or what else stands for one, `accepted`): None is no error but
+    in the `needed` ones."""
+    for name, value in zip(names, given):
+        if not isinstance(value, accepted) and (value is not None or name in needed):
+            raise TypeError(f"{name}: got {type(value).__name__}, accepted is a torch.Tensor")
+
+
+def is_contiguous(shape: tuple[int, ...], stride: Stride) -> bool:
+    """Whether a tensor of that shape and these strides lies in one piece, in order."""
+    packed = 1
+    for n, step in zip(reversed(shape), reversed(stride)):
+        if n != 1 and step != packed:
+            return 0 in shape
+        packed *= n
+    return True
+
+
+def make_problem(inputs: Inputs, **options: Any) -> Problem:
     """Checks a call and returns its problem.
 
-    Shapes, dtypes, devices and numbers are always checked (and remembered by signature, so a repeated call pays for a
-    look-up). The contents of index tensors are checked where they lie on the CPU, or anywhere under `DISPATCH_CHECK=1`,
-    which synchronises with the device.
+    Shapes, dtypes, devices and numbers are always checked. The contents of index tensors are checked where they lie on
+    the CPU, or anywhere under `DISPATCH_CHECK=1`, which synchronises with the device.
+
+    Args:
+        inputs: the call's tensors.
+        options: fields of `Options`.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: a shape, device, number or index is out of what is accepted. Messages name the argument.
     """
-    problem = _problem_of(
-        tuple([None if t is None else (t.shape, t.dtype, t.device) for t in inputs]),
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
-        softcap,
-        window_left,
-        window_right,
-        rescale_threshold,
-        deterministic,
-    )
-    if problem.kinds.varlen or problem.kinds.seqused_q or problem.kinds.seqused_k:
-        _check_contents(problem, inputs)
+    problem = check_signature(signature_of(inputs), Options(**options))
+    check_contents(problem, inputs)
     return problem
 
 
-@functools.lru_cache(maxsize=4096)
-def _problem_of(
-    metas: tuple[tuple | None, ...],
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    softmax_scale: float | None,
-    softcap: float,
-    window_left: int,
-    window_right: int,
-    rescale_threshold: float,
-    deterministic: bool,
-) -> Problem:
+def check_signature(signature: Signature, options: Options) -> Problem:
+    """What `make_problem` does without a look at the contents of index tensors: so much, equal signatures share."""
     q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table = (
-        None if meta is None else _Meta(*meta) for meta in metas
+        None if meta is None else Meta(*meta) for meta in signature
     )
     assert q is not None
     assert k is not None
     assert v is not None
+    max_seqlen_q, max_seqlen_k, softmax_scale, softcap, window_left, window_right, rescale_threshold, *_ = options
     varlen = cu_seqlens_q is not None or cu_seqlens_k is not None
     paged = page_table is not None
     _check_tensors(q, k, v, varlen, paged)
@@ -232,6 +257,7 @@ def _problem_of(
             sink=sink is not None,
         ),
         device=q.device,
+        strides=(q.stride, k.stride, v.stride),
         batch=batch,
         seqlen_q=q.shape[-3],
         seqlen_k=seqlen_k,
@@ -245,11 +271,11 @@ def _problem_of(
         window_left=min(window_left, q.shape[-3] + seqlen_k),
         window_right=min(window_right, q.shape[-3] + seqlen_k),
         rescale_threshold=rescale_threshold,
-        deterministic=deterministic,
+        deterministic=options.deterministic,
     )
 
 
-def _check_tensors(q: _Meta, k: _Meta, v: _Meta, varlen: bool, paged: bool) -> None:
+def _check_tensors(q: Meta, k: Meta, v: Meta, varlen: bool, paged: bool) -> None:
     if q.dtype not in DTYPES:
         raise TypeError(f"q: dtype {q.dtype} is not accepted, only {', '.join(map(str, DTYPES))}")
     dense = (4, "(batch, seqlen, heads, head_dim)")
@@ -266,7 +292,7 @@ def _check_tensors(q: _Meta, k: _Meta, v: _Meta, varlen: bool, paged: bool) -> N
             raise ValueError(f"{name}: on {tensor.device}, but q is on {q.device}")
 
 
-def _check_shapes(q: _Meta, k: _Meta, v: _Meta, varlen: bool, paged: bool) -> tuple[int, int, int]:
+def _check_shapes(q: Meta, k: Meta, v: Meta, varlen: bool, paged: bool) -> tuple[int, int, int]:
     """Returns batch (1 in varlen), heads_q and heads_kv."""
     heads_q, head_dim = q.shape[-2:]
     heads_kv = k.shape[-2]
@@ -295,7 +321,7 @@ def _check_shapes(q: _Meta, k: _Meta, v: _Meta, varlen: bool, paged: bool) -> tu
     return batch, heads_q, heads_kv
 
 
-def _check_index(name: str, index: _Meta, shape: tuple[int, ...], device: torch.device) -> None:
+def _check_index(name: str, index: Meta, shape: tuple[int, ...], device: torch.device) -> None:
     if index.dtype != torch.int32:
         raise TypeError(f"{name}: dtype {index.dtype} is not accepted, only torch.int32")
     if tuple(index.shape) != shape:
@@ -304,7 +330,7 @@ def _check_index(name: str, index: _Meta, shape: tuple[int, ...], device: torch.
         raise ValueError(f"{name}: on {index.device}, but q is on {device}")
 
 
-def _check_cu_seqlens(cu_seqlens_q: _Meta | None, cu_seqlens_k: _Meta | None, device: torch.device) -> int:
+def _check_cu_seqlens(cu_seqlens_q: Meta | None, cu_seqlens_k: Meta | None, device: torch.device) -> int:
     """Returns the number of sequences."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         missing, given = ("cu_seqlens_q", "cu_seqlens_k") if cu_seqlens_q is None else ("cu_seqlens_k", "cu_seqlens_q")
@@ -322,7 +348,7 @@ def _check_cu_seqlens(cu_seqlens_q: _Meta | None, cu_seqlens_k: _Meta | None, de
 
 
 def _check_paged(
-    page_table: _Meta, k: _Meta, cu_seqlens_k: _Meta | None, seqused_k: _Meta | None, max_seqlen_k: int | None,
+    page_table: Meta, k: Meta, cu_seqlens_k: Meta | None, seqused_k: Meta | None, max_seqlen_k: int | None,
     batch: int, device: torch.device,
 ) -> int:  # fmt: skip
     """Returns how many keys of one sequence the table reaches."""
@@ -348,7 +374,7 @@ def check_page_size(name: str, page_size: int) -> None:
         raise ValueError(f"{name}: page size {page_size}, accepted are 1 and multiples of {PAGE_MULTIPLE}")
 
 
-def _check_sink(sink: _Meta, heads_q: int, device: torch.device) -> None:
+def _check_sink(sink: Meta, heads_q: int, device: torch.device) -> None:
     if sink.dtype not in DTYPES:
         raise TypeError(f"sink: dtype {sink.dtype} is not accepted, only floating-point ones of 16 bits or more")
     if tuple(sink.shape) != (heads_q,):
@@ -371,11 +397,19 @@ def check_numbers(scale: float, softcap: float, left: int, right: int, threshold
 
 def contents_are_checked(device: torch.device) -> bool:
     """Whether index tensors on `device` are read by the checks: on the CPU, or anywhere under DISPATCH_CHECK=1."""
-    return device.type == "cpu" or os.environ.get("DISPATCH_CHECK") == "1"
+    if device.type == "cpu":
+        return True
+    # Asked with every call: a look-up that fails costs four times as much.
+    return "DISPATCH_CHECK" in os.environ and os.environ["DISPATCH_CHECK"] == "1"
 
 
-def _check_contents(problem: Problem, inputs: Inputs) -> None:
-    if not contents_are_checked(problem.device):
+def check_contents(problem: Problem, inputs: Inputs) -> None:
+    """Checks what index tensors hold, where they are read at all.
+
+    Raises:
+        ValueError: a length or a page number is out of what is accepted.
+    """
+    if not problem.kinds.indexed or not contents_are_checked(problem.device):
         return
     spans = []
     for side, cu, used, rows, hint in (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -51,9 +52,11 @@ class CuteBackend(Backend):
         return kernels.missing(kinds, arch)
 
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        from fa4_cute.launch import forward
+        return self._launch.forward(problem, inputs)
 
-        return forward(problem, inputs)
+    @functools.cached_property
+    def _launch(self) -> ModuleType:
+        return importlib.import_module("fa4_cute.launch")
 
     def backward(
         self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None

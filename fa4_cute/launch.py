@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fa4_core import backends
+from fa4_core.allocation import allocator
 from fa4_core.lasting import make_lasting
 from fa4_core.problem import Inputs, Kinds, Problem
 from fa4_cute import kernels
@@ -30,27 +31,19 @@ def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> t
     counts: for tests, an int32 tensor of lse's shape and a last dimension of 2, which receives for each row that takes
     part and sees a key the key tiles visited and the rescales skipped.
     """
-    kinds, device = problem.kinds, problem.device
-    out = torch.empty(problem.out_shape, dtype=kinds.dtype, device=device)
-    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)
-    if out.numel() == 0:
-        return out, lse
-    q, k, v = inputs.q, inputs.k, inputs.v
-    if k.numel() == 0:
-        return out.zero_(), _unseen(lse, problem, inputs)
-    sink = inputs.sink
+    q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, _ = inputs
     if sink is not None and sink.dtype == torch.float64:  # which no kernel reads
         sink = sink.float()
-    kernel, numbers, draws = _prepared(problem, None if sink is None else sink.dtype, counts is not None)
-    arguments = (
-        _aligned(q), _aligned(k), _aligned(v), out, lse, sink, inputs.cu_seqlens_q, inputs.cu_seqlens_k,
-        inputs.seqused_q, inputs.seqused_k, *numbers,
-    )  # fmt: skip
-    if torch.cuda.current_device() == device.index:
-        kernel(*arguments, _counter(device) if draws else None, counts)
-    else:
-        with torch.cuda.device(device):  # whose stream, capturing or not, the counter belongs to
-            kernel(*arguments, _counter(device) if draws else None, counts)
+    ready = _prepared(problem, None if sink is None else sink.dtype, counts is not None)
+    out, lse = ready.out(), ready.lse()
+    if ready.kernel is None:
+        return out.zero_(), _unseen(lse, problem, inputs)
+    if ready.copies or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT:
+        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    counter = _counter(problem.device) if ready.draws else None
+    ready.kernel(
+        q, k, v, out, lse, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *ready.numbers, counter, counts
+    )
     return out, lse
 
 
@@ -63,8 +56,7 @@ def _unseen(lse: Tensor, problem: Problem, inputs: Inputs) -> Tensor:
 @functools.lru_cache(maxsize=1024)
 def _kernel(kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool, device: torch.device) -> Callable[..., None]:
     """The compiled kernel; kept a device, since a loaded kernel may belong to the device it was first launched on."""
-    with torch.cuda.device(device):
-        return kernels.forward(kinds, sink_dtype, counted, _architecture(device))
+    return kernels.forward(kinds, sink_dtype, counted, _architecture(device))
 
 
 def _architecture(device: torch.device) -> str:
@@ -80,23 +72,39 @@ def _aligned(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-@functools.lru_cache(maxsize=1024)
 def _has_aligned_rows(strides: tuple[int, ...], itemsize: int) -> bool:
     return all(stride > 0 and stride * itemsize % ALIGNMENT == 0 for stride in strides[:-1])
 
 
 class _Prepared(NamedTuple):
-    """What calls of one signature share; `draws` tells whether blocks draw their work from a counter."""
+    """What calls of one signature share.
 
-    kernel: Callable[..., None]
+    kernel: None where there is nothing to compute. draws: whether blocks draw their work from a counter. copies:
+    whether the strides of q, k or v are none that TMA reads. out, lse: make the results.
+    """
+
+    kernel: Callable[..., None] | None
     numbers: tuple[float | int | None, ...]
     draws: bool
+    copies: bool
+    out: Callable[[], Tensor]
+    lse: Callable[[], Tensor]
 
 
 @functools.lru_cache(maxsize=4096)
 def _prepared(problem: Problem, sink_dtype: torch.dtype | None, counted: bool) -> _Prepared:
-    kernel = _kernel(problem.kinds, sink_dtype, counted, problem.device)
-    return _Prepared(kernel, _numbers(problem), kernels.drawn(problem.kinds))
+    kinds, device = problem.kinds, problem.device
+    kernel, numbers = None, ()
+    if problem.total_q and problem.total_k:
+        kernel, numbers = _kernel(kinds, sink_dtype, counted, device), _numbers(problem)
+    return _Prepared(
+        kernel,
+        numbers,
+        kernels.drawn(kinds),
+        not all(_has_aligned_rows(stride, kinds.dtype.itemsize) for stride in problem.strides),
+        allocator(problem.out_shape, kinds.dtype, device),
+        allocator(problem.lse_shape, torch.float32, device),
+    )
 
 
 def _numbers(problem: Problem) -> tuple[float | int | None, ...]:
@@ -147,7 +155,7 @@ def _counter(device: torch.device) -> Tensor:
     A launch leaves it as it found it, and launches on one stream follow one another, so a stream has one. A CUDA graph
     gets one of its own, since it may run on any stream beside others.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if torch._C._cuda_isCurrentStreamCapturing():
         return torch.zeros(2, dtype=torch.int32, device=device)
     return _stream_counter(device, torch._C._cuda_getCurrentRawStream(device.index))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,28 +61,28 @@ class TritonBackend(Backend):
 
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         if problem.kinds.paged:
-            from fa4_triton.decode_launch import paged_forward
-
-            return paged_forward(problem, inputs)
-        from fa4_triton.launch import forward
-
-        return forward(problem, inputs)
+            return self._decode_launch.paged_forward(problem, inputs)
+        return self._launch.forward(problem, inputs)
 
     def attend_cache(
         self, problem: CacheProblem, inputs: CacheInputs, length: int, out: Tensor, lse: Tensor | None
     ) -> None:
-        from fa4_triton.decode_launch import attend_cache
-
-        attend_cache(problem, inputs, length, out, lse)
+        self._decode_launch.attend_cache(problem, inputs, length, out, lse)
 
     def backward(
         self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
     ) -> Gradients:
         if problem.kinds.paged:
             raise NotImplementedError("paged K and V have no gradients")
-        from fa4_triton.launch import backward
+        return self._launch.backward(problem, inputs, out, lse, dout, dlse)
 
-        return backward(problem, inputs, out, lse, dout, dlse)
+    @functools.cached_property
+    def _launch(self) -> ModuleType:
+        return importlib.import_module("fa4_triton.launch")
+
+    @functools.cached_property
+    def _decode_launch(self) -> ModuleType:
+        return importlib.import_module("fa4_triton.decode_launch")
 
 
 BACKEND = TritonBackend()

@@ -140,14 +140,11 @@ def loaded_once(
 
 
 def run_compiled(compiled: CompiledKernel, grid: int, index: int, args: tuple) -> None:
-    """Launches `grid` programs of a compiled kernel on the current stream of CUDA device `index`.
+    """Launches `grid` programs of a compiled kernel on the current stream of CUDA device `index`, the current one.
 
     args: all of the kernel's arguments in order. Does what `compiled[(grid, 1, 1)](*args)` does, but prepares nothing
     for profilers' hooks that nobody set.
     """
-    if torch._C._cuda_getDevice() != index:
-        with torch.cuda.device(index):
-            return run_compiled(compiled, grid, index, args)
     stream = torch._C._cuda_getCurrentRawStream(index)
     hooks = triton.knobs.runtime  # pyright: ignore[reportAttributeAccessIssue]
     if _is_set(hooks.launch_enter_hook) or _is_set(hooks.launch_exit_hook):

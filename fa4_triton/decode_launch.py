@@ -7,7 +7,7 @@ but for the pointers, grid, compiled kernel) is made once and kept.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +15,9 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from fa4_core.allocation import contiguous_stride
 from fa4_core.kvcache import FP8, CacheInputs, CacheProblem
-from fa4_core.problem import Inputs, Problem
+from fa4_core.problem import Inputs, Problem, Stride
 from fa4_triton import interpreted
 from fa4_triton import launch as host
 from fa4_triton.append import append_rows
@@ -78,21 +79,18 @@ def _programs(device: torch.device, per_multiprocessor: int) -> int:
     return per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _strides(tensor: Tensor | None) -> tuple | None:
-    return None if tensor is None else tensor.stride()
+def _stride(meta: tuple | None) -> Stride | None:
+    """The strides in a tensor's part of a signature."""
+    return None if meta is None else meta[1]
+
+
+def _addresses(tensors: Iterable[Tensor | None]) -> list[int | None]:
+    return [None if t is None else t.data_ptr() for t in tensors]
 
 
 def _bytes(tensor: Tensor) -> Tensor:
     """An fp8 tensor as the bytes that the kernels read."""
     return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor
-
-
-def _packed(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _plain_last_dim(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _rows_of(strides: tuple | None) -> tuple:
@@ -116,7 +114,7 @@ def _descale_of(strides: tuple | None) -> tuple:
     return (strides[0] if len(strides) == 2 else 0, strides[-1])
 
 
-def _aligned(strides: tuple[tuple | None, ...]) -> bool:
+def _aligned(strides: Iterable[Stride | None]) -> bool:
     return all(s is None or all(n % STRIDE_ALIGNMENT == 0 for n in s[:-1]) for s in strides)
 
 
@@ -160,12 +158,12 @@ def _most_tiles(problem: Problem, tile_n: int) -> int:
     return max(1, triton.cdiv(keys, tile_n))
 
 
-@functools.lru_cache(maxsize=4096)
-def _call_of(
+def _make_call(
     problem: Problem, n_blocks: int, page_size: int, added: int, num_splits: int, cache_dtype: torch.dtype,
     there: tuple[bool, ...], sink_dtype: torch.dtype | None, strides: tuple[tuple | None, ...], aligned: bool,
 ) -> _Call:  # fmt: skip
-    """The launch of a call; there: which of `_Tensors` are given; aligned: whether its addresses are."""
+    """The launch of a call; there: which of `_Tensors` are given; strides: of those with more than one dimension;
+    aligned: whether the addresses of rows are."""
     kinds, device = problem.kinds, problem.device
     heads_kv, packed = problem.heads_kv, problem.seqlen_q * kinds.group
     target = None if interpreted() else host.target_of(device)
@@ -217,59 +215,79 @@ def _call_of(
     return _Call(plan, grid, n_parts, n_arrivals, layout, args)
 
 
+@functools.lru_cache(maxsize=4096)
+def _call_of(problem: CacheProblem, q: Stride, out: Stride, lse: Stride | None, aligned: bool) -> _Call:
+    """The launch of `attend_cache`; q, out, lse: strides of what the call may have made itself."""
+    _, k, v, _, _, used_k, pages, cache, leftpad, _, _, k_descale, v_descale, sink, _ = problem.signature
+    there = (True, True, True, True, lse, sink, None, None, used_k, leftpad, cache, pages, k_descale, v_descale)
+    strides = (q, *map(_stride, (k, v)), out, lse, *map(_stride, (pages, k_descale, v_descale)))
+    return _make_call(
+        problem.attend, problem.n_blocks, problem.page_size, problem.appended, problem.num_splits, problem.cache_dtype,
+        tuple([a is not None for a in there]), None if sink is None else sink[2], strides, aligned,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _paged_call_of(
+    problem: Problem, n_blocks: int, page_size: int, pages: Stride, sink_dtype: torch.dtype | None, aligned: bool
+) -> _Call:
+    """The launch of `paged_forward`."""
+    kinds = problem.kinds
+    there = (*(True,) * 5, kinds.sink, kinds.varlen, kinds.seqused_q, True, False, False, True, False, False)
+    results = contiguous_stride(problem.out_shape), contiguous_stride(problem.lse_shape)
+    strides = (*problem.strides, *results, pages, None, None)
+    return _make_call(problem, n_blocks, page_size, 0, 0, kinds.dtype, there, sink_dtype, strides, aligned)
+
+
 def forget() -> None:
     """Drops what was prepared for calls seen before: for tests and tuners that replace a tile, a plan or a target."""
-    _call_of.cache_clear()
-    _append_of.cache_clear()
+    for kept in (_call_of, _paged_call_of, _append_of):
+        kept.cache_clear()
 
 
-def _attend(problem: Problem, tensors: _Tensors, length: int, *rest: Any) -> None:
-    """Launches the attention; length: of every sequence where no tensor says it; rest: as `_call_of` takes it, up to
-    the cache's dtype."""
-    q, k, v, out = tensors[:4]
-    addresses = [None if t is None else t.data_ptr() for t in tensors]
-    strides = (
-        q.stride(), k.stride(), v.stride(), out.stride(), _strides(tensors.lse), _strides(tensors.pages),
-        _strides(tensors.k_descale), _strides(tensors.v_descale),
-    )  # fmt: skip
-    call = _call_of(
-        problem, *rest, tuple([a is not None for a in addresses]), host._dtype(tensors.sink), strides,
-        (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % POINTER_ALIGNMENT == 0,
-    )  # fmt: skip
+def _rows_are_aligned(addresses: Iterable[int | None]) -> bool:
+    bits = 0
+    for address in addresses:
+        bits |= address or 0
+    return bits % POINTER_ALIGNMENT == 0
+
+
+def _attend(call: _Call, device: torch.device, tensors: _Tensors, addresses: list[int | None], length: int) -> None:
+    """Launches the attention; length: of every sequence where no tensor says it."""
     parts = arrivals = None
     if call.n_arrivals:
-        parts, arrivals = work_space(call.n_parts, call.n_arrivals, problem.device)
+        parts, arrivals = work_space(call.n_parts, call.n_arrivals, device)
 
     def arguments(as_addresses: bool) -> tuple:
         if as_addresses:
             work = (None, None) if parts is None else (parts.data_ptr(), arrivals.data_ptr())
             return call.args(addresses, *work, length)
-        return call.args((q, _bytes(k), _bytes(v), *tensors[3:]), parts, arrivals, length)
+        q, k, v, *rest = tensors
+        return call.args((q, _bytes(k), _bytes(v), *rest), parts, arrivals, length)
 
-    _launch(call.plan, problem.device, call.grid, arguments, call.layout)
+    _launch(call.plan, device, call.grid, arguments, call.layout)
 
 
 def attend_cache(problem: CacheProblem, inputs: CacheInputs, length: int, out: Tensor, lse: Tensor | None) -> None:
     """Appends, and writes out and lse; arguments as in `Backend.attend_cache`."""
     attend = problem.attend
-    q = _plain_last_dim(inputs.q)
-    used_k, leftpad = _packed(inputs.cache_seqlens), _packed(inputs.cache_leftpad)
-    cache, sink = _packed(inputs.cache_batch_idx), _packed(inputs.sink)
-    pages = None if inputs.page_table is None else _plain_last_dim(inputs.page_table)
+    q, k_cache, v_cache, _, _, used_k, pages, cache, leftpad, _, _, k_descale, v_descale, sink = inputs
     # With no row to append there is still the query to rotate.
     if (problem.appended or problem.rotary_dim) and attend.batch:
-        q = _append(problem, inputs, length, q, used_k, cache, pages)
+        q = _append(problem, inputs, length)
     tensors = _Tensors(
-        q, inputs.k_cache, inputs.v_cache, out, lse, sink, None, None, used_k, leftpad, cache, pages, inputs.k_descale,
-        inputs.v_descale,
-    )  # fmt: skip
-    _attend(attend, tensors, length, problem.n_blocks, problem.page_size, problem.appended, problem.num_splits,
-            problem.cache_dtype)  # fmt: skip
+        q, k_cache, v_cache, out, lse, sink, None, None, used_k, leftpad, cache, pages, k_descale, v_descale
+    )
+    addresses = _addresses(tensors)
+    aligned = _rows_are_aligned(addresses[:4])
+    call = _call_of(problem, q.stride(), out.stride(), None if lse is None else lse.stride(), aligned)
+    _attend(call, attend.device, tensors, addresses, length)
 
 
 def paged_forward(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Returns out and lse of a call with a page_table; arguments and results as in `Backend.forward`."""
-    kinds, device, k = problem.kinds, inputs.q.device, inputs.k
+    kinds, device, k, pages = problem.kinds, problem.device, inputs.k, inputs.page_table
+    assert pages is not None
     # Rows that take no part are not visited.
     partial = kinds.varlen or kinds.seqused_q
     out = (torch.zeros if partial else torch.empty)(problem.out_shape, dtype=kinds.dtype, device=device)
@@ -278,9 +296,12 @@ def paged_forward(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         lse.fill_(float("-inf"))
     tensors = _Tensors(
         inputs.q, k, inputs.v, out, lse, inputs.sink, inputs.cu_seqlens_q, inputs.seqused_q, inputs.seqused_k, None,
-        None, inputs.page_table, None, None,
+        None, pages, None, None,
     )  # fmt: skip
-    _attend(problem, tensors, 0, k.shape[0], k.shape[1], 0, 0, k.dtype)
+    addresses = _addresses(tensors)
+    aligned = _rows_are_aligned(addresses[:4])
+    call = _paged_call_of(problem, k.shape[0], k.shape[1], pages.stride(), host._dtype(inputs.sink), aligned)
+    _attend(call, device, tensors, addresses, 0)
     return out, lse
 
 
@@ -295,13 +316,18 @@ class _Append(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _append_of(
-    problem: CacheProblem, there: tuple[bool, ...], table_dtype: torch.dtype | None, strides: tuple[tuple | None, ...],
-    aligned: bool,
-) -> _Append:  # fmt: skip
-    """The append of a call; there, strides: of `_append`'s tensors; aligned: whether the addresses of rows are."""
+def _append_of(problem: CacheProblem, aligned: bool) -> _Append:
+    """The append of a call; aligned: whether the addresses of rows are."""
     attend, kinds = problem.attend, problem.attend.kinds
-    *at_rows, _, _, at_pages, at_cos, at_sin, at_k_descale, at_v_descale = strides
+    q, k_cache, v_cache, k, v, used_k, pages, cache, _, cos, sin, k_descale, v_descale, _, _ = problem.signature
+    at_turned = None
+    if problem.rotary_dim:
+        at_turned = contiguous_stride(q[0])
+    else:
+        q = None
+    at_rows = [_stride(q), at_turned, *map(_stride, (k, v, k_cache, v_cache))]
+    at_pages, at_cos, at_sin, at_k_descale, at_v_descale = map(_stride, (pages, cos, sin, k_descale, v_descale))
+    there = (q, at_turned, k, v, k_cache, v_cache, used_k, cache, pages, cos, sin, k_descale, v_descale)
     rows_of = [_rows_of(stride) for stride in at_rows]
     cache_of = (
         None if at_pages is None else at_pages[0], attend.batch, attend.seqlen_q, problem.capacity, problem.n_blocks,
@@ -330,37 +356,25 @@ def _append_of(
             attend.heads_q, attend.heads_kv, (k_descale, *k_descale_of), (v_descale, *v_descale_of),
         )  # fmt: skip
 
-    return _Append(plan, blocks * attend.batch, (there, table_dtype, aligned and _aligned(tuple(at_rows))), args)
+    layout = (tuple([a is not None for a in there]), None if cos is None else cos[2], aligned and _aligned(at_rows))
+    return _Append(plan, blocks * attend.batch, layout, args)
 
 
-def _append(
-    problem: CacheProblem, inputs: CacheInputs, length: int, q: Tensor, used_k: Tensor | None, cache: Tensor | None,
-    pages: Tensor | None,
-) -> Tensor:  # fmt: skip
+def _append(problem: CacheProblem, inputs: CacheInputs, length: int) -> Tensor:
     """Launches the append; returns the query, rotated where there is a rotary embedding."""
-    k_cache, v_cache = inputs.k_cache, inputs.v_cache
-    k, v = _plain_last_dim(inputs.k), _plain_last_dim(inputs.v)
-    turned, cos, sin = None, None, None
-    if problem.rotary_dim:
-        cos, sin = _plain_last_dim(inputs.rotary_cos), _plain_last_dim(inputs.rotary_sin)
-        turned = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    q, k_cache, v_cache, k, v, used_k, pages, cache, _, cos, sin, k_descale, v_descale, _ = inputs
+    turned = torch.empty(q.shape, dtype=q.dtype, device=q.device) if problem.rotary_dim else None
     tensors = (
-        None if turned is None else q, turned, k, v, k_cache, v_cache, used_k, cache, pages, cos, sin, inputs.k_descale,
-        inputs.v_descale,
+        None if turned is None else q, turned, k, v, k_cache, v_cache, used_k, cache, pages, cos, sin, k_descale,
+        v_descale,
     )  # fmt: skip
-    addresses = [None if t is None else t.data_ptr() for t in tensors]
-    bits = 0
-    for address in addresses[:6]:
-        bits |= address or 0
-    call = _append_of(
-        problem, tuple([a is not None for a in addresses]), host._dtype(cos),
-        tuple([None if t is None else t.stride() for t in tensors]), bits % POINTER_ALIGNMENT == 0,
-    )  # fmt: skip
+    addresses = _addresses(tensors)
+    call = _append_of(problem, _rows_are_aligned(addresses[:6]))
 
     def arguments(as_addresses: bool) -> tuple:
         if as_addresses:
             return call.args(addresses, length)
         return call.args((*tensors[:4], _bytes(k_cache), _bytes(v_cache), *tensors[6:]), length)
 
-    _launch(call.plan, q.device, call.grid, arguments, call.layout)
+    _launch(call.plan, problem.attend.device, call.grid, arguments, call.layout)
     return q if turned is None else turned

@@ -18,8 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fa4_core.allocation import allocator, contiguous_stride
 from fa4_core.backends import Gradients
-from fa4_core.problem import Inputs, Kinds, Problem
+from fa4_core.problem import Inputs, Kinds, Problem, Stride
 from fa4_triton import interpreted
 from fa4_triton.backward import attention_backward_kv, attention_backward_q, row_slopes
 from fa4_triton.compile import (
@@ -39,9 +40,6 @@ MIN_TMA_FLOPS = 4e9
 """Below this much work (some 10 microseconds), making TMA descriptors on the host costs more than they save.
 
 Tiles are the same either way, and so are the results, bit for bit."""
-
-Stride = tuple[int, ...]
-"""What `Tensor.stride()` gives."""
 
 
 def _row_strides(stride: Stride) -> tuple[int, int, int]:
@@ -73,27 +71,17 @@ def _dtype(tensor: Tensor | None) -> torch.dtype | None:
     return None if tensor is None else tensor.dtype
 
 
-_empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-"""Inductor's allocation on the current CUDA device, at a third of what `torch.empty` costs; private to PyTorch."""
-
-
 class _Result(NamedTuple):
-    """A contiguous tensor to be made: its shape and strides, and the (batch, row, head) strides a kernel takes."""
+    """A contiguous tensor to be made, and the (batch, row, head) strides a kernel takes."""
 
-    shape: tuple[int, ...]
-    stride: Stride
+    empty: Callable[[], Tensor]
     steps: tuple[int, int, int]
 
-    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The tensor, uninitialised."""
-        if _empty_strided is not None and device.type == "cuda" and torch._C._cuda_getDevice() == device.index:
-            return _empty_strided(self.shape, self.stride, dtype)
-        return torch.empty(self.shape, dtype=dtype, device=device)
 
-
-def _result(shape: tuple[int, ...], steps: Callable[[Stride], tuple[int, int, int]]) -> _Result:
-    stride = tuple(math.prod(max(1, n) for n in shape[i + 1 :]) for i in range(len(shape)))
-    return _Result(shape, stride, steps(stride))
+def _result(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, steps: Callable[[Stride], tuple[int, int, int]]
+) -> _Result:
+    return _Result(allocator(shape, dtype, device), steps(contiguous_stride(shape)))
 
 
 class _Operand(NamedTuple):
@@ -278,12 +266,11 @@ class _Forward(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _prepare_forward(
-    plans: Any, min_tma_flops: float, problem: Problem, q: Stride, k: Stride, v: Stride, aligned: bool
-) -> _Forward:
-    """plans, min_tma_flops: this module's, which tests replace. q, k, v: their strides; aligned: their pointers are."""
-    kinds, shapes = problem.kinds, _shapes(problem)
-    plan = plans("forward", kinds, problem.device)
+def _prepare_forward(plans: Any, min_tma_flops: float, problem: Problem, aligned: bool) -> _Forward:
+    """plans, min_tma_flops: this module's, which tests replace. aligned: whether the pointers of q, k and v are."""
+    kinds, device, shapes = problem.kinds, problem.device, _shapes(problem)
+    q, k, v = problem.strides
+    plan = plans("forward", kinds, device)
     aligned = aligned and _strides_are_aligned(q, k, v)
     tma = aligned and plan.tile.tma and _flops(problem) >= min_tma_flops
     return _Forward(
@@ -292,8 +279,8 @@ def _prepare_forward(
         q=_row_strides(q),
         k=_operand(shapes.k, k, plan.tile.n, tma),
         v=_operand(shapes.v, v, plan.tile.n, tma),
-        out=_result(shapes.out, _row_strides),
-        lse=_result(shapes.lse, _number_strides),
+        out=_result(shapes.out, kinds.dtype, device, _row_strides),
+        lse=_result(shapes.lse, torch.float32, device, _number_strides),
         values=_values(problem),
         aligned=aligned,
     )
@@ -307,10 +294,8 @@ def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> t
     """
     device = problem.device
     q, k, v, sink = inputs.q, inputs.k, inputs.v, inputs.sink
-    ready = _prepare_forward(
-        _plan, MIN_TMA_FLOPS, problem, q.stride(), k.stride(), v.stride(), pointers_are_aligned(q, k, v)
-    )
-    out, lse = ready.out.empty(problem.kinds.dtype, device), ready.lse.empty(torch.float32, device)
+    ready = _prepare_forward(_plan, MIN_TMA_FLOPS, problem, pointers_are_aligned(q, k, v))
+    out, lse = ready.out.empty(), ready.lse.empty()
     k_rows, k_descriptor = ready.k.of(k)
     v_rows, v_descriptor = ready.v.of(v)
     args = (
@@ -355,12 +340,13 @@ class _Backward(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _prepare_backward(
-    plans: Any, min_tma_flops: float, problem: Problem, q: Stride, k: Stride, v: Stride, dout: Stride, out: Stride,
-    lse: Stride, dlse: Stride | None, aligned: bool, out_aligned: bool,
+    plans: Any, min_tma_flops: float, problem: Problem, dout: Stride, out: Stride, lse: Stride, dlse: Stride | None,
+    aligned: bool, out_aligned: bool,
 ) -> _Backward:  # fmt: skip
     """aligned: whether the pointers of q, k, v, dout are; out_aligned: whether out's is. For the rest see forward's."""
-    kinds, shapes = problem.kinds, _shapes(problem)
-    slopes, kv, queries = (plans(name, kinds, problem.device) for name in ("row_slopes", "backward_kv", "backward_q"))
+    kinds, device, shapes = problem.kinds, problem.device, _shapes(problem)
+    q, k, v = problem.strides
+    slopes, kv, queries = (plans(name, kinds, device) for name in ("row_slopes", "backward_kv", "backward_q"))
     aligned = aligned and _strides_are_aligned(q, k, v, dout)
     kv_tma, q_tma = (aligned and plan.tile.tma and _flops(problem) >= min_tma_flops for plan in (kv, queries))
     *heads, rows = shapes.lse
@@ -382,10 +368,10 @@ def _prepare_backward(
         out=_row_strides(out),
         lse=_number_strides(lse),
         dlse=(0, 0, 0) if dlse is None else _number_strides(dlse),
-        dq=_result(shapes.q, _row_strides),
-        dk=_result(shapes.k, _row_strides),
-        dv=_result(shapes.v, _row_strides),
-        pairs=_result((*heads, 2, room), lambda _: (2 * room * heads[-1], 2 * room, room)),
+        dq=_result(shapes.q, kinds.dtype, device, _row_strides),
+        dk=_result(shapes.k, kinds.dtype, device, _row_strides),
+        dv=_result(shapes.v, kinds.dtype, device, _row_strides),
+        pairs=_result((*heads, 2, room), torch.float32, device, lambda _: (2 * room * heads[-1], 2 * room, room)),
         q_streamed=_operand(shapes.q, q, kv.tile.m, kv_tma),
         dout_streamed=_operand(shapes.out, dout, kv.tile.m, kv_tma),
         k_streamed=_operand(shapes.k, k, queries.tile.n, q_tma),
@@ -401,15 +387,14 @@ def backward(
     problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
 ) -> Gradients:
     """Returns the gradients; arguments and results as in `Backend.backward`."""
-    dtype, device = problem.kinds.dtype, problem.device
+    device = problem.device
     q, k, v, sink = inputs.q, inputs.k, inputs.v, inputs.sink
     ready = _prepare_backward(
-        _plan, MIN_TMA_FLOPS, problem, q.stride(), k.stride(), v.stride(), dout.stride(), out.stride(), lse.stride(),
+        _plan, MIN_TMA_FLOPS, problem, dout.stride(), out.stride(), lse.stride(),
         None if dlse is None else dlse.stride(), pointers_are_aligned(q, k, v, dout), pointers_are_aligned(out),
     )  # fmt: skip
     sequences, values = _sequences(problem, inputs), ready.values
-    dq, dk, dv = ready.dq.empty(dtype, device), ready.dk.empty(dtype, device), ready.dv.empty(dtype, device)
-    numbers = ready.pairs.empty(torch.float32, device)
+    dq, dk, dv, numbers = ready.dq.empty(), ready.dk.empty(), ready.dv.empty(), ready.pairs.empty()
     shares = None if sink is None else torch.empty(ready.slopes_grid, dtype=torch.float32, device=device)
     pairs = (numbers, *ready.pairs.steps, None)
 

@@ -77,14 +77,12 @@ _growing = threading.Lock()
 def work_space(n_parts: int, n_arrivals: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """float32 numbers, and zeroed int32 counters, which every launch leaves at zero: as many of each or more.
 
-    They are the next launch's on the current stream of `device`, or in the capture that the stream is in.
+    They are the next launch's on the current stream of `device`, the current one, or in the capture that the stream is
+    in.
     """
     if device.type != "cuda":
         return _new(n_parts, n_arrivals, device)
-    if torch._C._cuda_getDevice() != device.index:
-        with torch.cuda.device(device):  # whose stream captures or not
-            return work_space(n_parts, n_arrivals, device)
-    if torch.cuda.is_current_stream_capturing():
+    if torch._C._cuda_isCurrentStreamCapturing():
         reserve = _reserves.get(device)
         taken = None if reserve is None else reserve.take(n_arrivals)
         if taken is None:

@@ -20,7 +20,7 @@ def test_a_length_that_grows_with_every_step_prepares_nothing_anew(target):
     prepared = []
     for n in (50, 51, 52):
         attention_with_kvcache(q, k_cache, v_cache, *new, cache_seqlens=n, backend=target.backend)
-        calls = [kvcache._problem_of.cache_info().misses]
+        calls = [kvcache._call_of.cache_info().misses]
         if target.backend == "triton":
             from fa4_triton import decode_launch
 
@@ -200,13 +200,14 @@ def test_every_kernel_compiles_within_the_shared_memory_of_every_architecture(ar
     """A launch would fail with "out of resources" on a GPU that nobody here has."""
     compiler = pytest.importorskip("triton.backends.compiler", reason="Triton is not installed")
     import fa4_triton
-    from fa4_triton import decode_launch, launch, tiles
+    from fa4_triton import cache_tiles, decode_launch, launch, tiles
 
     target = compiler.GPUTarget("cuda", architecture, 32)
     compiled = []
 
     def compile_only(plan, device, grid, arguments, layout):
-        compiled.append((plan.kernel.__name__, decode_launch.compile_planned(plan, arguments(False), target, layout)))
+        kernel = decode_launch.compile_planned(plan, arguments(False), target, layout)
+        compiled.append((plan.kernel.__name__, kernel, plan.tile.programs or 1))
 
     monkeypatch.setattr(fa4_triton, "_unavailable", lambda device: None)
     monkeypatch.setattr(launch, "target_of", lambda device: target)
@@ -217,10 +218,12 @@ def test_every_kernel_compiles_within_the_shared_memory_of_every_architecture(ar
         cache, table = torch.zeros(9, 16, 2, dim).to(dtype), torch.zeros(2, 4, dtype=INT32)
         attention_with_kvcache(q, cache, cache, new, new, cache_seqlens=3, page_table=table, backend="triton")
     decode_launch.forget()
-    assert [name for name, _ in compiled] == ["append_rows", "attention_decode"] * 2 + [
+    assert [name for name, _, _ in compiled] == ["append_rows", "attention_decode"] * 2 + [
         "append_rows",
         "attention_prefill",
     ]
     limit = tiles.SHARED_MEMORY[tiles.family_of(target)]
-    for name, kernel in compiled:
-        assert kernel.metadata.shared <= limit * 1024, f"{name}: {kernel.metadata.shared} bytes of {limit} KiB"
+    for name, kernel, programs in compiled:
+        # A multiprocessor has a KiB more than one program may use, and keeps one for each.
+        of_each = (limit + 1) * 1024 // programs - cache_tiles.RESERVED
+        assert kernel.metadata.shared <= of_each, f"{name}: {kernel.metadata.shared} bytes, and {programs} programs"

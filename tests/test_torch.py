@@ -375,12 +375,12 @@ def test_forward_and_backward_can_be_captured_in_a_cuda_graph(target):
 def test_cuda_graphs_that_compile_makes_follow_every_value(target, name, monkeypatch):
     """mode="reduce-overhead", forward and backward, against eager calls bit for bit.
 
-    A bool and an integer that came before are replayed: then nothing asks for a backend.
+    A bool and an integer that came before are replayed: then nothing runs here.
     """
     if target.device == "cpu":
         pytest.skip("needs a GPU")
-    asked, real = [], ops.backend_of
-    monkeypatch.setattr(ops, "backend_of", lambda *args: asked.append(args) or real(*args))
+    run, real = [], ops._forward
+    monkeypatch.setattr(ops, "_forward", lambda *args: run.append(args) or real(*args))
     q, k, v = dense(target, 70, 90, batch=2)
     dout = torch.ones_like(q)
 
@@ -395,10 +395,10 @@ def test_cuda_graphs_that_compile_makes_follow_every_value(target, name, monkeyp
     compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True)
     replayed = False
     for value in CHANGING[name] * 3:
-        before = len(asked)
+        before = len(run)
         torch.compiler.cudagraph_mark_step_begin()
         got = step(compiled, value)
-        replayed = len(asked) == before
+        replayed = len(run) == before
         assert all(map(torch.equal, got, step(function, value))), value
     torch._dynamo.reset()
     assert replayed == (name in ("window", "causal"))
