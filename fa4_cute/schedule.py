@@ -7,8 +7,9 @@ found it.
 
 - Causal and windows: the longest query tiles first, within sections of heads whose keys and values fit the L2 cache.
 - Otherwise: the query tiles of one head side by side, so that blocks at work share keys and values.
-- Packed sequences: the same within each sequence; sequences in the order of the call. Blocks find their sequence on the
-  device by walking `cu_seqlens`, so the launch depends on no length.
+- Packed sequences: the same within each sequence; the sequences in passes, each of those with more than half the keys
+  that the longest one left has, so that the last items, which even out what came before, are short. Blocks find their
+  sequences on the device, so the launch depends on no length: a warp walks `cu_seqlens`, 32 sequences at a time.
 
 No result depends on the order: an item is computed by one block, in an order of keys of its own.
 """
@@ -20,6 +21,15 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
+
+LANES = 32
+"""Lanes of a warp."""
+AT_ONCE = 4
+"""Sequences whose bounds a lane reads at a time, so that reads overlap, while a block's first item waits for them."""
+SHORT = 256
+"""Keys up to which sequences are taken in one pass: what an item costs beside its products makes them alike."""
+NUMBERED = (1 << 30) - 1
+"""Work items that a call may have; more, which only sequences that overlap could make, are not numbered."""
 
 
 class Lengths(NamedTuple):
@@ -63,11 +73,19 @@ class WorkItem(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a block is in the order: its turn, and in varlen the sequence reached and the index of its first item."""
+    """Where a block is in the order: how many items it has taken and, of packed sequences, where its warp's walk is.
+
+    longest: keys of the longest sequence of this pass; -1 when no pass is left. shorter: the most keys that this lane
+    has met in a sequence of a later pass, or -1. base: the first of the 32 sequences that the lanes are at. begin: the
+    index of the first item of the lane's own. end: the index after the items of all 32.
+    """
 
     turn: Int32
-    batch: Int32
-    first: Int32
+    longest: Int32
+    shorter: Int32
+    base: Int32
+    begin: Int32
+    end: Int32
 
 
 @cute.jit
@@ -110,9 +128,17 @@ class Schedule(NamedTuple):
     longest_first: bool
 
 
-def start() -> Place:
-    """Before the first item."""
-    return Place(Int32(0), Int32(0), Int32(0))
+@cute.jit
+def start(schedule: Schedule) -> Place:
+    """Before the first item; called by a whole warp, as `take`."""
+    longest = Int32(-1)
+    if const_expr(schedule.lengths.cu_seqlens_q is not None):
+        for base in cutlass.range(0, schedule.extent.batch, AT_ONCE * LANES, unroll=1):
+            for n in cutlass.range_constexpr(AT_ONCE):
+                keys, _ = _work_of_lane(schedule, base + n * LANES)
+                longest = cutlass.max(longest, keys)
+        longest = cute.arch.warp_reduction_max(longest)
+    return Place(Int32(0), longest, Int32(-1), Int32(-LANES), Int32(0), Int32(0))
 
 
 @cute.jit
@@ -141,7 +167,7 @@ def retire(counter: cute.Tensor, programs: Int32):
 def take(
     schedule: Schedule, place: Place, program: Int32, index: Int32 | None = None
 ) -> tuple[cutlass.Boolean, WorkItem, Place]:
-    """The block's next item: whether there is one, the item, and the place after it.
+    """The block's next item: whether there is one, the item, and the place after it; called by a whole warp.
 
     index: the item's place in the order, from `draw`, not below the last one; None takes every `programs`-th item.
     """
@@ -174,19 +200,32 @@ def _dense(schedule: Schedule, place: Place, index: Int32) -> tuple[cutlass.Bool
         pair = index // tiles
         tile = index - pair * tiles
     item = WorkItem(tile, pair % extent.heads, pair // extent.heads)
-    return valid, item, Place(place.turn + 1, place.batch, place.first)
+    return valid, item, Place(place.turn + 1, *place[1:])
 
 
 @cute.jit
 def _packed(schedule: Schedule, place: Place, index: Int32) -> tuple[cutlass.Boolean, WorkItem, Place]:
     extent = schedule.extent
-    batch, first = place.batch, place.first
-    items = _items_of(schedule, batch)
-    while batch < extent.batch and index >= first + items:
-        first += items
-        batch += 1
-        items = _items_of(schedule, batch)
-    tiles = cutlass.max(items // extent.heads, 1)
+    turn, longest, shorter, base, begin, end = place
+    while longest >= 0 and index >= end:
+        base += LANES
+        if base >= extent.batch:
+            longest = cute.arch.warp_reduction_max(shorter)
+            shorter, base = Int32(-1), Int32(0)
+        keys, items = _work_of_lane(schedule, base)
+        later = longest // 2 if longest > SHORT else Int32(-1)  # up to so many keys
+        shorter = cutlass.max(shorter, keys if keys <= later else Int32(-1))
+        items = items if keys > later and keys <= longest else Int32(0)
+        begin = end
+        if cute.arch.vote_any_sync(items > 0):
+            before, total = _sums(items)
+            begin, end = cutlass.min(end + before, NUMBERED), cutlass.min(end + total, NUMBERED)
+    # The last lane whose items do not begin behind the index has the item.
+    lane = cute.arch.popc(cute.arch.vote_ballot_sync(begin <= index)) - 1
+    first = cute.arch.shuffle_sync(begin, lane)
+    following = cute.arch.shuffle_sync(begin, lane + 1)
+    items = (following if lane < LANES - 1 else end) - first
+    tiles = cutlass.max(cute.ceil_div(items, extent.heads), 1)  # rounded up, since `NUMBERED` may have cut items off
     rest = index - first
     if const_expr(schedule.longest_first):
         tile = tiles - 1 - rest // extent.heads
@@ -194,14 +233,26 @@ def _packed(schedule: Schedule, place: Place, index: Int32) -> tuple[cutlass.Boo
     else:
         head = rest // tiles
         tile = rest - head * tiles
-    return batch < extent.batch, WorkItem(tile, head, batch), Place(place.turn + 1, batch, first)
+    return longest >= 0, WorkItem(tile, head, base + lane), Place(turn + 1, longest, shorter, base, begin, end)
 
 
 @cute.jit
-def _items_of(schedule: Schedule, batch: Int32) -> Int32:
-    """Work items of a sequence; 0 past the last."""
-    items = Int32(0)
-    if batch < schedule.extent.batch:
-        rows = sequence_of(batch, schedule.lengths, schedule.extent).rows_q
-        items = cute.ceil_div(rows, schedule.tile_m) * schedule.extent.heads
-    return items
+def _work_of_lane(schedule: Schedule, base: Int32) -> tuple[Int32, Int32]:
+    """Keys and work items of the sequence `base + lane`; -1 and 0 where there is none, or none of its rows is."""
+    batch = base + cute.arch.lane_idx()
+    # Read without a branch, so that the reads of several sequences overlap.
+    sequence = sequence_of(cutlass.min(batch, schedule.extent.batch - 1), schedule.lengths, schedule.extent)
+    exists = batch < schedule.extent.batch and sequence.rows_q > 0
+    items = cute.ceil_div(sequence.rows_q, schedule.tile_m) * schedule.extent.heads
+    return sequence.seqlen_k if exists else Int32(-1), items if exists else Int32(0)
+
+
+@cute.jit
+def _sums(value: Int32) -> tuple[Int32, Int32]:
+    """Sums over the lanes before this one, and over all, up to `NUMBERED`; no value is below 0 or above that."""
+    lane, total = cute.arch.lane_idx(), value
+    for distance in (1, 2, 4, 8, 16):
+        other = cute.arch.shuffle_sync_up(total, distance, mask_and_clamp=0)
+        total = cutlass.min(total + (other if lane >= distance else Int32(0)), NUMBERED)
+    before = cute.arch.shuffle_sync_up(total, 1, mask_and_clamp=0)
+    return before if lane > 0 else Int32(0), cute.arch.shuffle_sync(total, LANES - 1)

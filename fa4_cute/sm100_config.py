@@ -99,8 +99,8 @@ class Sm100Config:
     ctas: int = 1
     launch_control: bool = False
     p_first: int = 96
-    registers_softmax: int = 184
-    registers_correction: int = 96
+    registers_softmax: int = 192
+    registers_correction: int = 80
     registers_other: int = 48
     tile_m: int = TILE_M
     tile_n: int = 128
@@ -268,5 +268,5 @@ def config_for(kinds: Kinds, capability: tuple[int, int]) -> Sm100Config:
     packed = kinds.group if TILE_M % kinds.group == 0 else 1
     ctas = 2 if pair == (128, 128) and not kinds.uneven else 1
     if pair[0] > 128:  # the MMA warp holds more descriptors
-        return Sm100Config(*pair, share, packed, ctas, registers_softmax=176, registers_other=64)
+        return Sm100Config(*pair, share, packed, ctas, registers_softmax=184, registers_other=64)
     return Sm100Config(*pair, share, packed, ctas)

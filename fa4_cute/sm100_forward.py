@@ -350,7 +350,8 @@ class Sm100Forward:
         window = Window(values.window_left, values.window_right)
         at = rings.items.start()
         rings.items.acquire(at)
-        valid, work, place = take(order, start(), program, program)
+        first = start(order)
+        valid, work, place = take(order, first, program, program)
         if const_expr(config.launch_control and self.kinds.varlen):
             self._write_past_the_end(outputs, extent, lengths, program, programs)
         control_at = rings.control.start()
@@ -379,7 +380,7 @@ class Sm100Forward:
                 control_at = rings.control.next(control_at)
                 if const_expr(self.kinds.varlen):
                     self._write_past_the_end(outputs, extent, lengths, following, programs)
-                place = start()  # answers may come in any order, and a place only moves on
+                place = first  # answers may come in any order, and a place only moves on
             elif const_expr(outputs.counter is not None):
                 following = draw(outputs.counter, programs)
             valid, work, place = take(order, place, program, following)

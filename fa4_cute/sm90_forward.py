@@ -244,7 +244,7 @@ class Sm90Forward:
         order = Schedule(lengths, extent, programs, config.positions, longest_first)
         window = Window(values.window_left, values.window_right)
         at = rings.items.start()
-        valid, work, place = take(order, start(), program, program)
+        valid, work, place = take(order, start(order), program, program)
         while valid:
             sequence = sequence_of(work.batch, lengths, extent)
             first = work.tile * config.positions

@@ -79,6 +79,7 @@ def disassembled(kept, name, *options):
 
 CODE = {
     "window-sink-64": (kinds(64, window_left=5, window_right=5), None),
+    "varlen-left-used-sink-64": (varlen_kinds(64, 1, window_left=5), torch.float32),
     "causal-gqa-128": (kinds(128, group=8, window_right=0), None),
     "varlen-window-used-sink-gqa-128": (varlen_kinds(128, 64, window_left=5, window_right=5), torch.float32),
     "varlen-window-used-sink-softcap-gqa-256": (
