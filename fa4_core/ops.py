@@ -124,12 +124,14 @@ def _pad_head_dim(tensor: Tensor, multiple: int) -> Tensor:
 class _Call(NamedTuple):
     """What calls of one signature share.
 
-    cuda_index: of the device, None elsewhere. as_is: whether the backend takes the tensors as they lie.
+    cuda_index: of the device, None elsewhere. indexed: as `Kinds.indexed`. as_is: whether the backend takes the tensors
+    as they lie.
     """
 
     problem: Problem
     backend: Backend
     cuda_index: int | None
+    indexed: bool
     as_is: bool
 
 
@@ -154,7 +156,7 @@ def _call_of(signature: Signature, options: Options) -> _Call | None:
     rows_packed = all(stride[-1] == 1 for stride in problem.strides)
     others_packed = all(meta is None or is_contiguous(*meta[:2]) for meta in signature[3:])
     index = device.index if device.type == "cuda" else None
-    return _Call(problem, backend, index, fits and rows_packed and others_packed)
+    return _Call(problem, backend, index, kinds.indexed, fits and rows_packed and others_packed)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -170,11 +172,11 @@ def _fitted(call: _Call, inputs: Inputs) -> tuple[Problem, Inputs]:
 
 
 def _forward(call: _Call, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    problem, backend, index, as_is = call
+    problem, backend, index, indexed, as_is = call
     if index is not None and torch._C._cuda_getDevice() != index:
         with torch.cuda.device(index):
             return _forward(call, inputs)
-    if problem.kinds.indexed:
+    if indexed:
         check_contents(problem, inputs)
     if as_is:
         return backend.forward(problem, inputs)
@@ -188,7 +190,7 @@ def _forward(call: _Call, inputs: Inputs) -> tuple[Tensor, Tensor]:
 def _backward(
     call: _Call, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None
 ) -> Gradients:
-    problem, backend, index, as_is = call
+    problem, backend, index, _, as_is = call
     if index is not None and torch._C._cuda_getDevice() != index:
         with torch.cuda.device(index):
             return _backward(call, inputs, out, lse, dout, dlse)
@@ -316,9 +318,9 @@ class _Once(torch.autograd.Function):
 
 
 def _needs_grad(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *_) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return q.requires_grad or k.requires_grad or v.requires_grad or (sink is not None and sink.requires_grad)
+    return torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or (sink is not None and sink.requires_grad)
+    )
 
 
 def _differentiable(*args):
@@ -378,7 +380,7 @@ def attention(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         check_types(Inputs._fields, inputs, ("q", "k", "v"))
         args = _operator_arguments(inputs, options)
         return overload_for(torch.ops.fa4.attention, args[_VALUES_AT])(*args)
-    if _needs_grad(*inputs[:4]):
+    if _needs_grad(*inputs):
         return _PlainAttention.apply(call, inputs, options, *inputs[:4])
     return _forward(call, inputs)
 

@@ -216,11 +216,13 @@ def _make_call(
 
 
 @functools.lru_cache(maxsize=4096)
-def _call_of(problem: CacheProblem, q: Stride, out: Stride, lse: Stride | None, aligned: bool) -> _Call:
-    """The launch of `attend_cache`; q, out, lse: strides of what the call may have made itself."""
-    _, k, v, _, _, used_k, pages, cache, leftpad, _, _, k_descale, v_descale, sink, _ = problem.signature
+def _call_of(problem: CacheProblem, lse: Stride | None, aligned: bool) -> _Call:
+    """The launch of `attend_cache`; lse: its strides, None where it is not wanted; aligned: as in `_make_call`."""
+    q, k, v, _, _, used_k, pages, cache, leftpad, _, _, k_descale, v_descale, sink, out = problem.signature
     there = (True, True, True, True, lse, sink, None, None, used_k, leftpad, cache, pages, k_descale, v_descale)
-    strides = (q, *map(_stride, (k, v)), out, lse, *map(_stride, (pages, k_descale, v_descale)))
+    at_q = contiguous_stride(q[0]) if problem.rotary_dim else q[1]  # a rotated query is a new tensor
+    at_out = contiguous_stride(problem.attend.out_shape) if out is None else out[1]
+    strides = (at_q, *map(_stride, (k, v)), at_out, lse, *map(_stride, (pages, k_descale, v_descale)))
     return _make_call(
         problem.attend, problem.n_blocks, problem.page_size, problem.appended, problem.num_splits, problem.cache_dtype,
         tuple([a is not None for a in there]), None if sink is None else sink[2], strides, aligned,
@@ -279,8 +281,7 @@ def attend_cache(problem: CacheProblem, inputs: CacheInputs, length: int, out: T
         q, k_cache, v_cache, out, lse, sink, None, None, used_k, leftpad, cache, pages, k_descale, v_descale
     )
     addresses = _addresses(tensors)
-    aligned = _rows_are_aligned(addresses[:4])
-    call = _call_of(problem, q.stride(), out.stride(), None if lse is None else lse.stride(), aligned)
+    call = _call_of(problem, None if lse is None else lse.stride(), _rows_are_aligned(addresses[:4]))
     _attend(call, attend.device, tensors, addresses, length)
 
 
@@ -299,8 +300,9 @@ def paged_forward(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         None, pages, None, None,
     )  # fmt: skip
     addresses = _addresses(tensors)
-    aligned = _rows_are_aligned(addresses[:4])
-    call = _paged_call_of(problem, k.shape[0], k.shape[1], pages.stride(), host._dtype(inputs.sink), aligned)
+    call = _paged_call_of(
+        problem, k.shape[0], k.shape[1], pages.stride(), host._dtype(inputs.sink), _rows_are_aligned(addresses[:4])
+    )
     _attend(call, device, tensors, addresses, 0)
     return out, lse
 

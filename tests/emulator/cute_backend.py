@@ -137,7 +137,6 @@ def emulated_cute(
         (launch, "_kernel"): compiled,
         (launch, "_prepared"): launch._prepared.__wrapped__,
         (launch, "_counter"): counter,
-        (torch.cuda, "current_device"): lambda: None,  # the index of the CPU's device
         (torch.cuda, "get_device_properties"): lambda device: SimpleNamespace(multi_processor_count=programs),
     }
     with replaced(places):
