@@ -67,10 +67,10 @@ from fa4_cute import sm100_config as roles
 from fa4_cute.kernels import drawn
 from fa4_cute.params import DTYPES, Values, by_head, statistic_by_head
 from fa4_cute.pipelines import Cursor, Ring
-from fa4_cute.ranges import Span, Window, key_span, visible_keys
-from fa4_cute.schedule import Extent, Lengths, Schedule, Sequence, WorkItem, draw, retire, sequence_of, start, take
+from fa4_cute.ranges import Window, visible_keys
+from fa4_cute.schedule import Extent, Lengths
 from fa4_cute.sm100_config import FRAGMENT, ITEM_WORDS, Exp2Share, Sm100Config, config_for
-from fa4_cute.sm100_parts import Item, Maps, Operands, Outputs, Place, Rings, Shared, SoftmaxState
+from fa4_cute.sm100_parts import Maps, Operands, Outputs, Place, Rings, Shared, SoftmaxState
 from fa4_cute.sm100_rings import MmaRing, Signal, lap_of, slot_of
 from fa4_cute.sm100_rows import (
     add_up,
@@ -83,18 +83,15 @@ from fa4_cute.sm100_rows import (
     scale_and_shift,
     total_of,
 )
+from fa4_cute.sm100_scheduler import ITEM_READERS, Scheduler, read_item
 from fa4_cute.sm100_tmem import TmemRows
 from fa4_cute.softmax import LOG2_E, finish, tanh
 from fa4_cute.views import RAGGED_ROWS, boxes, fixed, heads_packed, opaque, ragged, slots_apart
 
-ITEM_READERS = 15
-"""Warps that read each published item: all but the scheduler."""
 IN_USE = 2
 """`Place.use` of a row that takes part."""
 NOT_IN_USE = -1.0
 """The scale of a row that exists and takes no part, whose output is zero whatever O holds; no row's own is negative."""
-NO_INDEX = 1 << 30
-"""An index past every work item and every row."""
 
 
 def _check(kinds: Kinds, config: Sm100Config) -> None:
@@ -123,7 +120,6 @@ class Sm100Forward:
         _check(kinds, self.config)
         self.dtype = DTYPES[kinds.dtype]
         self.ragged_k = kinds.varlen or kinds.seqused_k
-        self.sees_all = not drawn(kinds)
 
     @cute.jit
     def __call__(
@@ -312,7 +308,7 @@ class Sm100Forward:
             elif warp == roles.LOAD_WARP:
                 self.load(mma_s, mma_o, maps, shared, rings)
             else:
-                self.schedule(outputs, sink, shared, rings, lengths, extent, values)
+                Scheduler(self.kinds, config).run(outputs, sink, shared, rings, lengths, extent, values)
         # When nobody reads tensor memory any more. Of a pair, neither leaves while the other arrives on its barriers.
         self._meet()
         if warp == roles.MMA_WARP:
@@ -332,142 +328,10 @@ class Sm100Forward:
         """The block's place in its pair; block 0 issues the MMAs of both."""
         return cute.arch.block_idx_in_cluster() if self.config.ctas > 1 else Int32(0)
 
-    # Scheduler -------------------------------------------------------------------------------------------------------
-
-    @cute.jit
-    def schedule(self, outputs, sink, shared, rings, lengths, extent, values):
-        """The scheduler warp. Waits until every warp has read an item, draws the next and publishes it.
-
-        Rows that see no key are written here: no other role works on a Q tile without key tiles.
-        """
-        config = self.config
-        program, _, _ = cute.arch.block_idx()
-        programs, _, _ = cute.arch.grid_dim()
-        if const_expr(config.ctas > 1):
-            program, programs = program // config.ctas, programs // config.ctas
-        longest_first = self.kinds.window_left or self.kinds.window_right
-        order = Schedule(lengths, extent, programs, config.positions, longest_first)
-        window = Window(values.window_left, values.window_right)
-        at = rings.items.start()
-        rings.items.acquire(at)
-        first = start(order)
-        valid, work, place = take(order, first, program, program)
-        if const_expr(config.launch_control and self.kinds.varlen):
-            self._write_past_the_end(outputs, extent, lengths, program, programs)
-        control_at = rings.control.start()
-        while valid:
-            sequence = sequence_of(work.batch, lengths, extent)
-            first_row = work.tile * config.positions
-            upper = self._span(sequence, window, first_row)
-            lower = Span(Int32(0), Int32(0), Int32(0), Int32(0))
-            if const_expr(config.q_tiles == 2):
-                lower = self._span(sequence, window, first_row + config.tile_positions)
-            begin, end = upper.begin, cutlass.max(upper.end, lower.end)
-            if const_expr(not self.sees_all):
-                if upper.begin == upper.end:
-                    begin = lower.begin
-                    self._write_unseen(outputs, sink, work, sequence, first_row)
-                if lower.begin == lower.end and config.q_tiles == 2:
-                    self._write_unseen(outputs, sink, work, sequence, first_row + config.tile_positions)
-            if begin < end:
-                words = (*upper, *lower, *work, *sequence, begin, end)
-                self._publish(shared, rings, at, words + (Int32(0),) * (ITEM_WORDS - len(words)))
-                at = rings.items.next(at)
-                rings.items.acquire(at)
-            following = None
-            if const_expr(config.launch_control):
-                following = self._take_over(shared, rings, control_at)
-                control_at = rings.control.next(control_at)
-                if const_expr(self.kinds.varlen):
-                    self._write_past_the_end(outputs, extent, lengths, following, programs)
-                place = first  # answers may come in any order, and a place only moves on
-            elif const_expr(outputs.counter is not None):
-                following = draw(outputs.counter, programs)
-            valid, work, place = take(order, place, program, following)
-        self._publish(shared, rings, at, (Int32(-1),) * ITEM_WORDS)
-        if const_expr(not config.launch_control):
-            if const_expr(outputs.counter is not None):
-                retire(outputs.counter, programs)
-            if const_expr(self.kinds.varlen):
-                self._write_past_the_end(outputs, extent, lengths, program, programs)
-
-    @cute.jit
-    def _take_over(self, shared, rings, at) -> Int32:
-        """The index of a block that has not started, and now never will; an index past every item if there is none."""
-        with cute.arch.elect_one():
-            cute.arch.fence_view_async_shared()  # the last answer has been read
-            rings.control.expect(at, 16)
-            cute.arch.issue_clc_query(rings.control.full_barrier(at), shared.answer, multicast=False)
-        rings.control.wait(at)
-        index, _, _, found = cute.arch.clc_response(shared.answer)
-        cute.arch.sync_warp()
-        return index if found != 0 else Int32(NO_INDEX)
-
-    @cute.jit
-    def _span(self, sequence, window, first_row):
-        """The key tiles that a Q tile visits; (0, 0, 0, 0) if it sees no key."""
-        config = self.config
-        last_row = cutlass.min(first_row + config.tile_positions, sequence.seqlen_q)
-        span = key_span(first_row, last_row, sequence.seqlen_q, sequence.seqlen_k, window, config.tile_n)
-        if first_row >= sequence.seqlen_q or span.begin == span.end:
-            span = Span(Int32(0), Int32(0), Int32(0), Int32(0))
-        return span
-
-    @cute.jit
-    def _publish(self, shared, rings, at, words):
-        with cute.arch.elect_one():
-            for n in cutlass.range_constexpr(ITEM_WORDS):
-                shared.items[n] = words[n]
-            rings.items.publish(at)
-
-    @cute.jit
-    def _item(self, shared, rings, at, i=None):
-        """The next work item, which every role reads once: the spans of both Q tiles, or of Q tile i alone, twice."""
-        rings.items.wait(at)
-        first, second = (0, 1) if i is None else (i, i)
-        spans = [Span(*(shared.items[4 * tile + n] for n in range(4))) for tile in (first, second)]
-        word = [shared.items[n] for n in range(8, 18)]
-        cute.arch.sync_warp()
-        with cute.arch.elect_one():
-            rings.items.release(at)
-        return Item(word[0] >= 0, WorkItem(*word[:3]), Sequence(*word[3:8]), word[8], word[9], *spans)
-
     @cute.jit
     def _batch(self, work):
         """The batch element in tensors, which the packed layout has one of."""
         return Int32(0) if const_expr(self.kinds.varlen) else work.batch
-
-    @cute.jit
-    def _write_unseen(self, outputs, sink, work, sequence, first_row):
-        """Output and LSE of a Q tile that sees no key: zeros, and -inf or the sink's logit."""
-        packed, lane = self.config.packed, cute.arch.lane_idx()
-        batch = self._batch(work)
-        rows = cutlass.min(first_row + self.config.tile_positions, sequence.rows_q)
-        for n in cutlass.range(packed, unroll=1):
-            head = work.head * packed + n
-            empty = -Float32.inf
-            if const_expr(sink is not None):
-                empty = Float32(sink[head])
-            for row in cutlass.range(first_row, rows, unroll=1):
-                for column in cutlass.range(lane, self.kinds.head_dim_v, 32, unroll=1):
-                    outputs.out[sequence.offset_q + row, column, head, batch] = self.dtype(0.0)
-            for row in cutlass.range(first_row + lane, rows, 32, unroll=1):
-                outputs.lse[sequence.offset_q + row, head, batch] = empty if row < sequence.seqlen_q else -Float32.inf
-
-    @cute.jit
-    def _write_past_the_end(self, outputs, extent, lengths, program, programs):
-        """Zeros and -inf in the rows after the last sequence, which usually do not exist."""
-        lane = cute.arch.lane_idx()
-        end = Int32(0)
-        if extent.batch > 0:
-            last = sequence_of(extent.batch - 1, lengths, extent)
-            end = last.offset_q + last.rows_q
-        for row in cutlass.range(end + program, extent.seqlen_q, programs, unroll=1):
-            for head in cutlass.range(extent.heads * self.config.packed, unroll=1):
-                for column in cutlass.range(lane, self.kinds.head_dim_v, 32, unroll=1):
-                    outputs.out[row, column, head, 0] = self.dtype(0.0)
-                if lane == 0:
-                    outputs.lse[row, head, 0] = -Float32.inf
 
     # Load ------------------------------------------------------------------------------------------------------------
 
@@ -485,7 +349,7 @@ class Sm100Forward:
         thr_s, thr_o = mma_s.get_slice(rank), mma_o.get_slice(rank)
         rows = config.ctas * config.tile_m
         at, kv_at, q_laps = rings.items.start(), rings.kv.start(), Int32(0)
-        item = self._item(shared, rings, at)
+        item = read_item(shared, rings, at)
         while item.valid:
             at = rings.items.next(at)
             sequence, work = item.sequence, item.work
@@ -520,7 +384,7 @@ class Sm100Forward:
                 kv_at = self._load_v(rings.kv, kv_at, maps.v, t_gv, t_sv, v_tile)
             if const_expr(config.q_tiles == 1):
                 kv_at = self._load_v(rings.kv, kv_at, maps.v, t_gv, t_sv, item.begin)
-            item = self._item(shared, rings, at)
+            item = read_item(shared, rings, at)
         if const_expr(config.ctas > 1):  # the last MMAs' commits reach both blocks before one leaves
             for _ in cutlass.range(config.kv_slots, unroll=1):
                 rings.kv.acquire(kv_at)
@@ -567,10 +431,10 @@ class Sm100Forward:
         # Edges of a window shift from one Q tile to the next: the upper one begins later, the lower one ends earlier.
         left, right = self.kinds.window_left, self.kinds.window_right
         at, kv_at, q_laps, s_laps = rings.items.start(), rings.kv.start(), Int32(0), Int32(0)
-        item = self._item(shared, rings, at)
+        item = read_item(shared, rings, at)
         at = rings.items.next(at)
         while rank > 0 and item.valid:  # block 0 of a pair multiplies for both
-            item = self._item(shared, rings, at)
+            item = read_item(shared, rings, at)
             at = rings.items.next(at)
         if item.valid:
             kv.wait_parts(kv_at, k_parts)
@@ -594,7 +458,7 @@ class Sm100Forward:
                 for i in cutlass.range_constexpr(config.q_tiles):
                     if done.span(i).begin < done.span(i).end:
                         rings.q.release_by_mma(i)
-            item = self._item(shared, rings, at)
+            item = read_item(shared, rings, at)
             at = rings.items.next(at)
             k_at = kv.wait_parts(kv_at, v_parts)
             for i in cutlass.range_constexpr(config.q_tiles):
@@ -619,7 +483,7 @@ class Sm100Forward:
         So the tensor cores work on the next S while softmax works on this one. K and V are let go of part by part.
         """
         at, kv_at, s_at, q_laps = rings.items.start(), rings.kv.start(), rings.s.start(), Int32(0)
-        item = self._item(shared, rings, at)
+        item = read_item(shared, rings, at)
         while item.valid:
             at = rings.items.next(at)
             rings.q.wait(slot_of(0, q_laps))
@@ -634,7 +498,7 @@ class Sm100Forward:
             kv_at = self._issue_o(operands, rings, 0, s_at, kv_at, item.end - item.begin > 1)
             rings.o.publish_by_mma(s_at.index)
             s_at = rings.s.next(s_at)
-            item = self._item(shared, rings, at)
+            item = read_item(shared, rings, at)
 
     def _operands(self, mma_s, mma_o, shared, tmem):
         """Descriptors of shared memory and addresses of tensor memory, as the MMAs take them.
@@ -770,7 +634,7 @@ class Sm100Forward:
         tmem = TmemRows(t_s, warp % roles.SOFTMAX_WARPS)
         state = SoftmaxState(i, row, factor, factor_barrier, tmem, rings, values)
         at, s_at, scales_at = rings.items.start(), Cursor(i, Int32(0)), Cursor(i, Int32(0))
-        item = self._item(shared, rings, at, i)
+        item = read_item(shared, rings, at, i)
         while item.valid:
             at = rings.items.next(at)
             span = item.upper
@@ -807,7 +671,7 @@ class Sm100Forward:
                     outputs.lse[place.row, place.head, place.batch] = lse
                     if const_expr(self.counted):
                         self._count(outputs, span, place, skips)
-            item = self._item(shared, rings, at, i)
+            item = read_item(shared, rings, at, i)
 
     def _next_s(self, rings, s_at):
         """Where the next S is: in the same place, or of a single Q tile in the other."""
@@ -903,7 +767,7 @@ class Sm100Forward:
         for i in cutlass.range_constexpr(config.q_tiles):
             rings.s.release(Cursor(Int32(i), Int32(0)))
         at, laps, factor_laps = rings.items.start(), Int32(0), Int32(0)
-        item = self._item(shared, rings, at)
+        item = read_item(shared, rings, at)
         while item.valid:
             at = rings.items.next(at)
             for n in cutlass.range(item.end - item.begin - 1, unroll=1):
@@ -921,7 +785,7 @@ class Sm100Forward:
                     slot = slot_of(i, laps)
                     self._finish(tmem[i], i, row, shared, rings, slot, slot, slot)
                     laps = lap_of(i, laps)
-            item = self._item(shared, rings, at)
+            item = read_item(shared, rings, at)
 
     @cute.jit
     def correct_one(self, mma_o, shared, rings):
@@ -936,7 +800,7 @@ class Sm100Forward:
         s_at, scales_at = rings.s.start(), Cursor(Int32(0), Int32(0))
         rings.s.release(s_at)
         at, factor_laps = rings.items.start(), Int32(0)
-        item = self._item(shared, rings, at)
+        item = read_item(shared, rings, at)
         while item.valid:
             at = rings.items.next(at)
             for _ in cutlass.range(item.end - item.begin - 1, unroll=1):
@@ -952,7 +816,7 @@ class Sm100Forward:
             o_at, s_at = s_at, rings.s.next(s_at)
             self._finish(tmem, 0, row, shared, rings, scales_at, o_at, s_at)
             scales_at = Cursor(scales_at.index, scales_at.phase ^ 1)
-            item = self._item(shared, rings, at)
+            item = read_item(shared, rings, at)
 
     @cute.jit
     def _rescale(self, tmem, factor):
@@ -1002,7 +866,7 @@ class Sm100Forward:
         """The store warp: the output by TMA. Waits for `out`; lets go of it when shared memory has been read."""
         config = self.config
         at, laps = rings.items.start(), Int32(0)
-        item = self._item(shared, rings, at)
+        item = read_item(shared, rings, at)
         while item.valid:
             at = rings.items.next(at)
             sequence, work = item.sequence, item.work
@@ -1028,4 +892,4 @@ class Sm100Forward:
                         if const_expr(config.o_replaces_q):
                             rings.q.release(slot_of(i, laps))
                     laps = lap_of(i, laps)
-            item = self._item(shared, rings, at)
+            item = read_item(shared, rings, at)
