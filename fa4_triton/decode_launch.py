@@ -84,8 +84,13 @@ def _stride(meta: tuple | None) -> Stride | None:
     return None if meta is None else meta[1]
 
 
-def _addresses(tensors: Iterable[Tensor | None]) -> list[int | None]:
-    return [None if t is None else t.data_ptr() for t in tensors]
+def _addresses(tensors: Iterable[Tensor | None], rows: int) -> tuple[list[int | None], bool]:
+    """The tensors' addresses, and whether those of the first `rows` tensors are aligned."""
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
+    bits = 0
+    for address in addresses[:rows]:
+        bits |= address or 0
+    return addresses, bits % POINTER_ALIGNMENT == 0
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -118,23 +123,9 @@ def _aligned(strides: Iterable[Stride | None]) -> bool:
     return all(s is None or all(n % STRIDE_ALIGNMENT == 0 for n in s[:-1]) for s in strides)
 
 
-class _Tensors(NamedTuple):
-    """A launch's tensors, for a call through `attend_cache` or `attention`; None where it has none."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-    lse: Tensor | None
-    sink: Tensor | None
-    cu_q: Tensor | None
-    used_q: Tensor | None
-    used_k: Tensor | None
-    leftpad: Tensor | None
-    cache: Tensor | None
-    pages: Tensor | None
-    k_descale: Tensor | None
-    v_descale: Tensor | None
+_Tensors = tuple[Tensor | None, ...]
+"""A launch's q, k, v, out, lse, sink, cu_q, used_q, used_k, leftpad, cache, pages, k_descale and v_descale, whether for
+`attend_cache` or for `paged_forward`; None where it has none."""
 
 
 class _Call(NamedTuple):
@@ -247,13 +238,6 @@ def forget() -> None:
         kept.cache_clear()
 
 
-def _rows_are_aligned(addresses: Iterable[int | None]) -> bool:
-    bits = 0
-    for address in addresses:
-        bits |= address or 0
-    return bits % POINTER_ALIGNMENT == 0
-
-
 def _attend(call: _Call, device: torch.device, tensors: _Tensors, addresses: list[int | None], length: int) -> None:
     """Launches the attention; length: of every sequence where no tensor says it."""
     parts = arrivals = None
@@ -277,11 +261,11 @@ def attend_cache(problem: CacheProblem, inputs: CacheInputs, length: int, out: T
     # With no row to append there is still the query to rotate.
     if (problem.appended or problem.rotary_dim) and attend.batch:
         q = _append(problem, inputs, length)
-    tensors = _Tensors(
+    tensors = (
         q, k_cache, v_cache, out, lse, sink, None, None, used_k, leftpad, cache, pages, k_descale, v_descale
-    )
-    addresses = _addresses(tensors)
-    call = _call_of(problem, None if lse is None else lse.stride(), _rows_are_aligned(addresses[:4]))
+    )  # fmt: skip
+    addresses, aligned = _addresses(tensors, 4)
+    call = _call_of(problem, None if lse is None else lse.stride(), aligned)
     _attend(call, attend.device, tensors, addresses, length)
 
 
@@ -295,14 +279,12 @@ def paged_forward(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)
     if partial:
         lse.fill_(float("-inf"))
-    tensors = _Tensors(
+    tensors = (
         inputs.q, k, inputs.v, out, lse, inputs.sink, inputs.cu_seqlens_q, inputs.seqused_q, inputs.seqused_k, None,
         None, pages, None, None,
     )  # fmt: skip
-    addresses = _addresses(tensors)
-    call = _paged_call_of(
-        problem, k.shape[0], k.shape[1], pages.stride(), host._dtype(inputs.sink), _rows_are_aligned(addresses[:4])
-    )
+    addresses, aligned = _addresses(tensors, 4)
+    call = _paged_call_of(problem, k.shape[0], k.shape[1], pages.stride(), host._dtype(inputs.sink), aligned)
     _attend(call, device, tensors, addresses, 0)
     return out, lse
 
@@ -370,8 +352,8 @@ def _append(problem: CacheProblem, inputs: CacheInputs, length: int) -> Tensor:
         None if turned is None else q, turned, k, v, k_cache, v_cache, used_k, cache, pages, cos, sin, k_descale,
         v_descale,
     )  # fmt: skip
-    addresses = _addresses(tensors)
-    call = _append_of(problem, _rows_are_aligned(addresses[:6]))
+    addresses, aligned = _addresses(tensors, 6)
+    call = _append_of(problem, aligned)
 
     def arguments(as_addresses: bool) -> tuple:
         if as_addresses:
