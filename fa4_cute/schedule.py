@@ -65,7 +65,7 @@ class Sequence(NamedTuple):
 
 
 class WorkItem(NamedTuple):
-    """A query tile: `tile` counts tiles of the sequence `batch`; `head` is a query head."""
+    """A query tile: `tile` counts those of the sequence `batch`, `head` its heads, or groups that share a tile."""
 
     tile: Int32
     head: Int32
