@@ -71,9 +71,9 @@ def _call(job: Job, seqlen: int, device: str) -> Callable[[], object]:
 def _only(job: Job, run: Callable) -> Callable:
     """A stand-in for `launch._launch` that hands only the job's kernel to `run`."""
 
-    def filtered(kernel, plan, device, grid, args, layout):
+    def filtered(kernel, plan, device, grid, arguments, layout):
         if kernel.__name__ == KERNELS[job.kernel]:
-            return run(kernel, plan._replace(tile=job.tile), device, grid, args, layout)
+            return run(kernel, plan._replace(tile=job.tile), device, grid, arguments, layout)
         return None
 
     return filtered
@@ -82,8 +82,8 @@ def _only(job: Job, run: Callable) -> Callable:
 def compile_ahead(job: Job) -> str | None:
     """Compiles the job's kernel into Triton's disk cache; returns why it cannot be, or None. Needs no CUDA context."""
 
-    def run(kernel, plan, device, grid, args, layout):
-        launch.compile_planned(kernel, plan, args, TARGET, layout)
+    def run(kernel, plan, device, grid, arguments, layout):
+        launch.compile_planned(kernel, plan, arguments(False), TARGET, layout)
 
     launch.target_of, launch.tile_for = (lambda device: TARGET), (lambda *_: job.tile)
     launch._launch = _only(job, run)

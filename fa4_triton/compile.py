@@ -9,7 +9,7 @@ The same path compiles for GPUs that are not there, which the tests use.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,6 +34,17 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.uint8: "*u8",
 }
+
+
+Arguments = Callable[[bool], tuple]
+"""Makes a kernel's arguments, in plain tuples: with addresses in place of tensors, or (False) with the tensors.
+
+Of a tensor, Triton's launcher asks the driver whether a GPU can reach it: microseconds with every launch."""
+
+
+def addresses(tensors: Iterable[torch.Tensor | None]) -> list[int | None]:
+    """Where the tensors lie; None for None."""
+    return [None if t is None else t.data_ptr() for t in tensors]
 
 
 def pointers_are_aligned(*tensors: torch.Tensor) -> bool:

@@ -22,7 +22,16 @@ from fa4_triton import interpreted
 from fa4_triton import launch as host
 from fa4_triton.append import append_rows
 from fa4_triton.cache_tiles import MAX_ROWS, CacheTile, decode_tile, prefill_tile
-from fa4_triton.compile import POINTER_ALIGNMENT, STRIDE_ALIGNMENT, compile_kernel, loaded_once, named, run_compiled
+from fa4_triton.compile import (
+    POINTER_ALIGNMENT,
+    STRIDE_ALIGNMENT,
+    Arguments,
+    addresses,
+    compile_kernel,
+    loaded_once,
+    named,
+    run_compiled,
+)
 from fa4_triton.decode import MOST_CHUNKS, attention_decode
 from fa4_triton.prefill import attention_prefill
 from fa4_triton.work_space import work_space
@@ -37,10 +46,6 @@ class _Plan(NamedTuple):
     tile: CacheTile
     constants: dict[str, Any]
     compiled: dict[tuple, CompiledKernel]
-
-
-Arguments = Callable[[bool], tuple]
-"""Makes a kernel's arguments, in plain tuples: with addresses in place of tensors, or (False) with the tensors."""
 
 
 @functools.cache
@@ -86,11 +91,11 @@ def _stride(meta: tuple | None) -> Stride | None:
 
 def _addresses(tensors: Iterable[Tensor | None], rows: int) -> tuple[list[int | None], bool]:
     """The tensors' addresses, and whether those of the first `rows` tensors are aligned."""
-    addresses = [None if t is None else t.data_ptr() for t in tensors]
+    found = addresses(tensors)
     bits = 0
-    for address in addresses[:rows]:
+    for address in found[:rows]:
         bits |= address or 0
-    return addresses, bits % POINTER_ALIGNMENT == 0
+    return found, bits % POINTER_ALIGNMENT == 0
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -238,7 +243,7 @@ def forget() -> None:
         kept.cache_clear()
 
 
-def _attend(call: _Call, device: torch.device, tensors: _Tensors, addresses: list[int | None], length: int) -> None:
+def _attend(call: _Call, device: torch.device, tensors: _Tensors, pointers: list[int | None], length: int) -> None:
     """Launches the attention; length: of every sequence where no tensor says it."""
     parts = arrivals = None
     if call.n_arrivals:
@@ -247,7 +252,7 @@ def _attend(call: _Call, device: torch.device, tensors: _Tensors, addresses: lis
     def arguments(as_addresses: bool) -> tuple:
         if as_addresses:
             work = (None, None) if parts is None else (parts.data_ptr(), arrivals.data_ptr())
-            return call.args(addresses, *work, length)
+            return call.args(pointers, *work, length)
         q, k, v, *rest = tensors
         return call.args((q, _bytes(k), _bytes(v), *rest), parts, arrivals, length)
 
@@ -264,9 +269,9 @@ def attend_cache(problem: CacheProblem, inputs: CacheInputs, length: int, out: T
     tensors = (
         q, k_cache, v_cache, out, lse, sink, None, None, used_k, leftpad, cache, pages, k_descale, v_descale
     )  # fmt: skip
-    addresses, aligned = _addresses(tensors, 4)
+    pointers, aligned = _addresses(tensors, 4)
     call = _call_of(problem, None if lse is None else lse.stride(), aligned)
-    _attend(call, attend.device, tensors, addresses, length)
+    _attend(call, attend.device, tensors, pointers, length)
 
 
 def paged_forward(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -283,9 +288,9 @@ def paged_forward(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         inputs.q, k, inputs.v, out, lse, inputs.sink, inputs.cu_seqlens_q, inputs.seqused_q, inputs.seqused_k, None,
         None, pages, None, None,
     )  # fmt: skip
-    addresses, aligned = _addresses(tensors, 4)
+    pointers, aligned = _addresses(tensors, 4)
     call = _paged_call_of(problem, k.shape[0], k.shape[1], pages.stride(), host._dtype(inputs.sink), aligned)
-    _attend(call, device, tensors, addresses, 0)
+    _attend(call, device, tensors, pointers, 0)
     return out, lse
 
 
@@ -352,12 +357,12 @@ def _append(problem: CacheProblem, inputs: CacheInputs, length: int) -> Tensor:
         None if turned is None else q, turned, k, v, k_cache, v_cache, used_k, cache, pages, cos, sin, k_descale,
         v_descale,
     )  # fmt: skip
-    addresses, aligned = _addresses(tensors, 6)
+    pointers, aligned = _addresses(tensors, 6)
     call = _append_of(problem, aligned)
 
     def arguments(as_addresses: bool) -> tuple:
         if as_addresses:
-            return call.args(addresses, length)
+            return call.args(pointers, length)
         return call.args((*tensors[:4], _bytes(k_cache), _bytes(v_cache), *tensors[6:]), length)
 
     _launch(call.plan, problem.attend.device, call.grid, arguments, call.layout)

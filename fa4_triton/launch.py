@@ -25,6 +25,8 @@ from fa4_triton import interpreted
 from fa4_triton.backward import attention_backward_kv, attention_backward_q, row_slopes
 from fa4_triton.compile import (
     STRIDE_ALIGNMENT,
+    Arguments,
+    addresses,
     compile_kernel,
     loaded_once,
     named,
@@ -93,11 +95,13 @@ class _Operand(NamedTuple):
     strides: tuple[int, int, int]
     box: tuple[list[int], list[int], list[int]] | None = None
 
-    def of(self, tensor: Tensor) -> tuple[tuple, TensorDescriptor | None]:
-        """The kernel's two arguments for `tensor`: its `Strided`, as a plain tuple, and its descriptor."""
-        if self.box is None:
-            return (tensor, *self.strides, None), None
-        return (None, *self.strides, None), TensorDescriptor(tensor, *self.box)
+    def at(self, pointer: Any) -> tuple:
+        """The kernel's `Strided`, as a plain tuple."""
+        return (pointer if self.box is None else None, *self.strides, None)
+
+    def descriptor(self, tensor: Tensor) -> TensorDescriptor | None:
+        """The kernel's descriptor of the tensor."""
+        return None if self.box is None else TensorDescriptor(tensor, *self.box)
 
 
 def _operand(shape: tuple[int, ...], stride: Stride, rows: int, wanted: bool) -> _Operand:
@@ -117,14 +121,6 @@ def _operand(shape: tuple[int, ...], stride: Stride, rows: int, wanted: bool) ->
     if stride_s == dim and stride_h == seqlen * dim and (batch == 1 or stride_b == heads * seqlen * dim):
         return _Operand((heads * seqlen, 0, seqlen), ([batch * heads * seqlen, dim], [dim, 1], [rows, dim]))
     return _Operand((stride_b, stride_s, stride_h))
-
-
-def _sequences(problem: Problem, inputs: Inputs) -> tuple:
-    """The kernels' `Sequences`, as a plain tuple."""
-    return (
-        inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.seqused_q, inputs.seqused_k, problem.batch, problem.seqlen_q,
-        problem.seqlen_k,
-    )  # fmt: skip
 
 
 def _values(problem: Problem) -> tuple:
@@ -189,21 +185,23 @@ def compile_planned(kernel: Any, plan: _Plan, args: tuple, target: GPUTarget, la
     return compile_kernel(kernel, args, plan.constants, options, target, layout[-1])
 
 
-def _launch(kernel: Any, plan: _Plan, device: torch.device, grid: int, args: tuple, layout: tuple) -> None:
+def _launch(
+    kernel: Any, plan: _Plan, device: torch.device, grid: int, arguments: Arguments, layout: tuple
+) -> None:  # fmt: skip
     """Launches `grid` programs on the device's current stream.
 
-    args: the kernel's run-time arguments; a plain tuple stands for its parameter's named one. layout: what the compiled
-    kernel takes from them beyond the problem's kinds; its last entry is "aligned".
+    arguments: make the kernel's run-time arguments; a plain tuple stands for its parameter's named one. layout: what
+    the compiled kernel takes from them beyond the problem's kinds; its last entry is "aligned".
     """
     if grid == 0:
         return
     if interpreted():
-        kernel[(grid,)](*named(kernel, args), **plan.constants)
+        kernel[(grid,)](*named(kernel, arguments(False)), **plan.constants)
         return
     compiled = plan.compiled.get(layout) or loaded_once(
-        plan.compiled, layout, device, compile_planned, kernel, plan, args, target_of(device), layout
+        plan.compiled, layout, device, compile_planned, kernel, plan, arguments(False), target_of(device), layout
     )
-    run_compiled(compiled, grid, device.index, (*args, *plan.constants.values()))
+    run_compiled(compiled, grid, device.index, (*arguments(True), *plan.constants.values()))
 
 
 def _tiles(rows: int, size: int, varlen: bool, batch: int) -> int:
@@ -261,6 +259,7 @@ class _Forward(NamedTuple):
     v: _Operand
     out: _Result
     lse: _Result
+    sizes: tuple[int, int, int]
     values: tuple
     aligned: bool
 
@@ -281,6 +280,7 @@ def _prepare_forward(plans: Any, min_tma_flops: float, problem: Problem, aligned
         v=_operand(shapes.v, v, plan.tile.n, tma),
         out=_result(shapes.out, kinds.dtype, device, _row_strides),
         lse=_result(shapes.lse, torch.float32, device, _number_strides),
+        sizes=(problem.batch, problem.seqlen_q, problem.seqlen_k),
         values=_values(problem),
         aligned=aligned,
     )
@@ -296,15 +296,21 @@ def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> t
     q, k, v, sink = inputs.q, inputs.k, inputs.v, inputs.sink
     ready = _prepare_forward(_plan, MIN_TMA_FLOPS, problem, pointers_are_aligned(q, k, v))
     out, lse = ready.out.empty(), ready.lse.empty()
-    k_rows, k_descriptor = ready.k.of(k)
-    v_rows, v_descriptor = ready.v.of(v)
-    args = (
-        (q, *ready.q, None), k_rows, v_rows, (out, *ready.out.steps, None), (lse, *ready.lse.steps), sink,
-        _sequences(problem, inputs), ready.values, problem.heads_q, k_descriptor, v_descriptor,
-        _NO_COUNTS if counts is None else _statistics(counts[..., 0]),
+    k_descriptor, v_descriptor = ready.k.descriptor(k), ready.v.descriptor(v)
+    counted = _NO_COUNTS if counts is None else _statistics(counts[..., 0])
+    tensors = (
+        q, k, v, out, lse, sink, inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.seqused_q, inputs.seqused_k
     )  # fmt: skip
+
+    def arguments(as_addresses: bool) -> tuple:
+        q, k, v, out, lse, sink, *sequences = addresses(tensors) if as_addresses else tensors
+        return (
+            (q, *ready.q, None), ready.k.at(k), ready.v.at(v), (out, *ready.out.steps, None), (lse, *ready.lse.steps),
+            sink, (*sequences, *ready.sizes), ready.values, problem.heads_q, k_descriptor, v_descriptor, counted,
+        )  # fmt: skip
+
     layout = (_dtype(sink), counts is not None, k_descriptor is not None, v_descriptor is not None, ready.aligned)
-    _launch(attention_forward, ready.plan, device, ready.grid, args, layout)
+    _launch(attention_forward, ready.plan, device, ready.grid, arguments, layout)
     return out, lse
 
 
@@ -333,6 +339,7 @@ class _Backward(NamedTuple):
     k_streamed: _Operand
     v_streamed: _Operand
     pairs_box: tuple | None
+    sizes: tuple[int, int, int]
     values: tuple
     aligned: bool
     out_aligned: bool
@@ -377,6 +384,7 @@ def _prepare_backward(
         k_streamed=_operand(shapes.k, k, queries.tile.n, q_tma),
         v_streamed=_operand(shapes.v, v, queries.tile.n, q_tma),
         pairs_box=([total], [1], [kv.tile.m]) if kv_tma and total < 2**31 else None,
+        sizes=(problem.batch, problem.seqlen_q, problem.seqlen_k),
         values=_values(problem),
         aligned=aligned,
         out_aligned=aligned and out_aligned and _strides_are_aligned(out),
@@ -393,36 +401,50 @@ def backward(
         _plan, MIN_TMA_FLOPS, problem, dout.stride(), out.stride(), lse.stride(),
         None if dlse is None else dlse.stride(), pointers_are_aligned(q, k, v, dout), pointers_are_aligned(out),
     )  # fmt: skip
-    sequences, values = _sequences(problem, inputs), ready.values
+    values = ready.values
     dq, dk, dv, numbers = ready.dq.empty(), ready.dk.empty(), ready.dv.empty(), ready.pairs.empty()
     shares = None if sink is None else torch.empty(ready.slopes_grid, dtype=torch.float32, device=device)
-    pairs = (numbers, *ready.pairs.steps, None)
-
-    args = (
-        (dout, *ready.dout, None), (out, *ready.out, None), (lse, *ready.lse), (dlse, *ready.dlse), pairs, sink, shares,
-        sequences, problem.heads_q,
-    )  # fmt: skip
-    layout = (_dtype(sink), dlse is not None, ready.out_aligned)
-    _launch(row_slopes, ready.slopes, device, math.prod(ready.slopes_grid), args, layout)
-
-    q_rows, q_descriptor = ready.q_streamed.of(q)
-    dout_rows, dout_descriptor = ready.dout_streamed.of(dout)
+    q_descriptor, dout_descriptor = ready.q_streamed.descriptor(q), ready.dout_streamed.descriptor(dout)
+    k_descriptor, v_descriptor = ready.k_streamed.descriptor(k), ready.v_streamed.descriptor(v)
     pairs_descriptor = None if ready.pairs_box is None else TensorDescriptor(numbers, *ready.pairs_box)
-    args = (
-        q_rows, (k, *ready.k, None), (v, *ready.v, None), dout_rows, pairs, (dk, *ready.dk.steps, None),
-        (dv, *ready.dv.steps, None), sequences, values, problem.heads_kv, q_descriptor, dout_descriptor,
-        pairs_descriptor,
+    tensors = (
+        q, k, v, out, lse, dout, dlse, dq, dk, dv, numbers, sink, shares, inputs.cu_seqlens_q, inputs.cu_seqlens_k,
+        inputs.seqused_q, inputs.seqused_k,
     )  # fmt: skip
-    layout = (q_descriptor is not None, dout_descriptor is not None, pairs_descriptor is not None, ready.aligned)
-    _launch(attention_backward_kv, ready.kv, device, ready.kv_grid, args, layout)
+    pointers = addresses(tensors)
 
-    k_rows, k_descriptor = ready.k_streamed.of(k)
-    v_rows, v_descriptor = ready.v_streamed.of(v)
-    args = (
-        (q, *ready.q, None), k_rows, v_rows, (dout, *ready.dout, None), pairs, (dq, *ready.dq.steps, None), sequences,
-        values, problem.heads_q, k_descriptor, v_descriptor,
-    )  # fmt: skip
+    def slopes_arguments(as_addresses: bool) -> tuple:
+        _, _, _, out, lse, dout, dlse, _, _, _, numbers, sink, shares, *sequences = (
+            pointers if as_addresses else tensors
+        )
+        return (
+            (dout, *ready.dout, None), (out, *ready.out, None), (lse, *ready.lse), (dlse, *ready.dlse),
+            (numbers, *ready.pairs.steps, None), sink, shares, (*sequences, *ready.sizes), problem.heads_q,
+        )  # fmt: skip
+
+    layout = (_dtype(sink), dlse is not None, ready.out_aligned)
+    _launch(row_slopes, ready.slopes, device, math.prod(ready.slopes_grid), slopes_arguments, layout)
+
+    def kv_arguments(as_addresses: bool) -> tuple:
+        q, k, v, _, _, dout, _, _, dk, dv, numbers, _, _, *sequences = pointers if as_addresses else tensors
+        return (
+            ready.q_streamed.at(q), (k, *ready.k, None), (v, *ready.v, None), ready.dout_streamed.at(dout),
+            (numbers, *ready.pairs.steps, None), (dk, *ready.dk.steps, None), (dv, *ready.dv.steps, None),
+            (*sequences, *ready.sizes), values, problem.heads_kv, q_descriptor, dout_descriptor, pairs_descriptor,
+        )  # fmt: skip
+
+    layout = (q_descriptor is not None, dout_descriptor is not None, pairs_descriptor is not None, ready.aligned)
+    _launch(attention_backward_kv, ready.kv, device, ready.kv_grid, kv_arguments, layout)
+
+    def q_arguments(as_addresses: bool) -> tuple:
+        q, k, v, _, _, dout, _, dq, _, _, numbers, _, _, *sequences = pointers if as_addresses else tensors
+        return (
+            (q, *ready.q, None), ready.k_streamed.at(k), ready.v_streamed.at(v), (dout, *ready.dout, None),
+            (numbers, *ready.pairs.steps, None), (dq, *ready.dq.steps, None), (*sequences, *ready.sizes), values,
+            problem.heads_q, k_descriptor, v_descriptor,
+        )  # fmt: skip
+
     layout = (k_descriptor is not None, v_descriptor is not None, ready.aligned)
-    _launch(attention_backward_q, ready.queries, device, ready.queries_grid, args, layout)
+    _launch(attention_backward_q, ready.queries, device, ready.queries_grid, q_arguments, layout)
 
     return Gradients(dq, dk, dv, None if shares is None or sink is None else shares.sum((0, 2)).to(sink.dtype))

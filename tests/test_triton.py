@@ -123,8 +123,8 @@ def compiled(target, dim, dtype, monkeypatch, **options):
     """What `forward` and `backward` of a large call would compile for `target`: {kernel: CompiledKernel}."""
     found = {}
 
-    def compile_only(kernel, plan, device, grid, args, layout):
-        found[kernel.__name__] = launch.compile_planned(kernel, plan, args, target, layout)
+    def compile_only(kernel, plan, device, grid, arguments, layout):
+        found[kernel.__name__] = launch.compile_planned(kernel, plan, arguments(False), target, layout)
 
     monkeypatch.setattr(launch, "target_of", lambda device: target)
     monkeypatch.setattr(launch, "_launch", compile_only)
@@ -192,7 +192,7 @@ def test_threads_that_launch_a_kernel_first_at_once_compile_it_once_and_find_it_
     plan = launch._Plan(tiles.Tile(64, 64, 4, 1), {}, {})
 
     def first():
-        launch._launch(None, plan, torch.device("cuda", 0), 1, (), ("aligned",))
+        launch._launch(None, plan, torch.device("cuda", 0), 1, lambda as_addresses: (), ("aligned",))
 
     check_compiled_and_loaded_once(monkeypatch, launch, first)
 

@@ -109,12 +109,13 @@ def record_triton(folder: Path, device: str = "cuda", names: tuple[str, ...] = t
     about = {"device": name, "triton": triton.__version__}
     current = [""]
 
-    def launch(kernel, plan, where, grid, args, layout) -> None:
+    def launch(kernel, plan, where, grid, arguments, layout) -> None:
         named: dict = {}
+        args = arguments(False)
         for name, value in zip(kernel.arg_names, args):
             _named_tensors(value, name, named)
         copies = {key: tensor.detach().to("cpu", copy=True) for key, (tensor, _) in named.items()}
-        original(kernel, plan, where, grid, args, layout)
+        original(kernel, plan, where, grid, arguments, layout)
         packed: list[Recording] = []
 
         def stop(recording: Recording) -> None:

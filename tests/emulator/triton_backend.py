@@ -42,9 +42,10 @@ def emulated_triton(capability: int, *, seed: int = 0, tiles: dict | None = None
     def tile_for(name, kinds, target):
         return chosen.get(name) or table(name, kinds, target)
 
-    def run(kernel, plan, device, grid: int, args: tuple, layout: tuple) -> None:
+    def run(kernel, plan, device, grid: int, arguments: Callable[[bool], tuple], layout: tuple) -> None:
         if grid == 0:
             return
+        args = arguments(False)
         if layout not in plan.compiled:
             plan.compiled[layout] = host.compile_planned(kernel, plan, args, target, layout)
         named = dict(zip(kernel.arg_names, args))
