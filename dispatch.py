@@ -182,12 +182,12 @@ def _remembered(check: Callable[..., Checked]) -> Callable[..., Checked]:
     known = functools.lru_cache(maxsize=1024, typed=True)(check)  # by type, too: 1 is no True
 
     def checked(*args) -> Checked:
-        if torch.compiler.is_compiling():
-            return check(*args)
-        try:
-            return known(*args)
-        except TypeError:  # raised by the check, or by what has no hash
-            return check(*args)
+        if not torch.compiler.is_compiling():
+            try:  # contextlib.suppress would cost as much as the look-up
+                return known(*args)
+            except TypeError:  # of the check, or of what has no hash
+                pass
+        return check(*args)
 
     return checked
 
