@@ -161,7 +161,10 @@ def _call_of(signature: Signature, options: Options) -> _Call | None:
 
 @functools.lru_cache(maxsize=4096)
 def _with_layout(problem: Problem, head_dim: int, head_dim_v: int, strides: tuple[Stride, Stride, Stride]) -> Problem:
-    return replace(problem, kinds=replace(problem.kinds, head_dim=head_dim, head_dim_v=head_dim_v), strides=strides)
+    kinds = problem.kinds
+    if (head_dim, head_dim_v) != (kinds.head_dim, kinds.head_dim_v):
+        kinds = replace(kinds, head_dim=head_dim, head_dim_v=head_dim_v)
+    return replace(problem, kinds=kinds, strides=strides)
 
 
 def _fitted(call: _Call, inputs: Inputs) -> tuple[Problem, Inputs]:

@@ -99,6 +99,7 @@ def test_tensors_that_differ_in_their_strides_alone(target):
         out, lse = target(*other, causal=True, return_lse=True)
         assert torch.equal(out, want)
         assert torch.equal(lse, want_lse)
+        assert out._is_view() == want._is_view()  # of a padded one
 
 
 @pytest.mark.serves("kv_cache")
