@@ -66,11 +66,12 @@ from fa4_core.problem import Kinds
 from fa4_cute import sm100_config as roles
 from fa4_cute.kernels import drawn
 from fa4_cute.params import DTYPES, Values, by_head, statistic_by_head
+from fa4_cute.parts import Maps, Outputs
 from fa4_cute.pipelines import Cursor, Ring
 from fa4_cute.ranges import Window, visible_keys
 from fa4_cute.schedule import Extent, Lengths
 from fa4_cute.sm100_config import FRAGMENT, ITEM_WORDS, Exp2Share, Sm100Config, config_for
-from fa4_cute.sm100_parts import Maps, Operands, Outputs, Place, Rings, Shared, SoftmaxState
+from fa4_cute.sm100_parts import Operands, Place, Rings, Shared, SoftmaxState
 from fa4_cute.sm100_rings import MmaRing, Signal, lap_of, slot_of
 from fa4_cute.sm100_rows import (
     add_up,

@@ -15,28 +15,6 @@ from fa4_cute.sm100_rings import MmaRing, Signal
 from fa4_cute.sm100_tmem import TmemRows
 
 
-class Maps(NamedTuple):
-    """TMA copies with the coordinate tensors that they read or write."""
-
-    q: cute.CopyAtom
-    m_q: cute.Tensor
-    k: cute.CopyAtom
-    m_k: cute.Tensor
-    v: cute.CopyAtom
-    m_v: cute.Tensor
-    out: cute.CopyAtom
-    m_out: cute.Tensor
-
-
-class Outputs(NamedTuple):
-    """What the kernel writes by ordinary stores, and the counter that items are drawn from."""
-
-    out: cute.Tensor
-    lse: cute.Tensor
-    counter: cute.Tensor | None
-    counts: cute.Tensor | None
-
-
 class Rings(NamedTuple):
     items: Ring
     q: MmaRing

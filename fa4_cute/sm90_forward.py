@@ -23,6 +23,9 @@ Warpgroups take turns to issue (named barriers), so the tensor cores work for on
 two Q slots an item's last `P V` is issued together with the first `Q K^T` of the next item, whose scores stay in
 registers during the epilogue: the tensor cores see no seam between items.
 
+Where rows see different keys (causal, windows) a warpgroup computes what its own 64 rows see of the item's key tiles,
+and lets go of the others unread: at most one on the left, one on the right, and all but one where it has no rows.
+
 O is rescaled only if a row of the warp moved its pivot (`softmax.follow_max`), which on most tiles none does.
 
 Names: `m` a tensor in global memory, `s` in shared memory, `r` in registers, `t` partitioned for a thread or warpgroup;
@@ -35,15 +38,16 @@ conditional rescaling; PTX ISA 9.0, sections on wgmma, mbarrier and cp.async.bul
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 
 from fa4_core.problem import Kinds
 from fa4_cute.params import DTYPES, Values, by_head, drawn, statistic_by_head
+from fa4_cute.parts import Maps, Outputs
 from fa4_cute.pipelines import Ring
 from fa4_cute.ranges import Span, Window, key_span, visible_keys
 from fa4_cute.schedule import (
@@ -59,6 +63,7 @@ from fa4_cute.schedule import (
     take,
 )
 from fa4_cute.sm90_config import WARPGROUP, Sm90Config, config_for
+from fa4_cute.sm90_parts import Item, Rings, Shared, State
 from fa4_cute.softmax import LOG2_E, finish, follow_max, rescale_factor, subtrahend, tanh
 from fa4_cute.unseen import write_past_the_end, write_unseen
 from fa4_cute.views import boxes, from_position, heads_packed
@@ -67,17 +72,11 @@ TURN_BARRIER = 1
 """First of the named barriers by which warpgroups take turns; barrier 0 is the block's."""
 EPILOGUE_BARRIER = 5
 RAGGED_BARRIER = 9
+DRAW_AHEAD = 2
+"""Key tiles that the load warp has still to bring when the next item is drawn: the counter's microsecond, and no more,
+since an item drawn early cannot go to a block that is free sooner."""
 ITEM_WORDS = 13
 ITEM_ROOM = 16
-
-
-class _Item(NamedTuple):
-    """A published work item, as consumers read it."""
-
-    valid: Boolean
-    work: WorkItem
-    sequence: Sequence
-    span: Span
 
 
 class Sm90Forward:
@@ -131,7 +130,7 @@ class Sm90Forward:
         tile_q, tile_k = (config.tile_m, config.head_dim), (config.tile_n, config.head_dim)
         tile_v, tile_o = (config.tile_n, config.head_dim_v), (64, config.head_dim_v)
         one = self._shared_layout
-        maps = _Maps(
+        maps = Maps(
             *cpasync.make_tiled_tma_atom(load, packed_q, one(tile_q), tile_q),
             *cpasync.make_tiled_tma_atom(load, mK, one(tile_k), tile_k),
             *cpasync.make_tiled_tma_atom(load, mV, one(tile_v), tile_v),
@@ -143,7 +142,7 @@ class Sm90Forward:
         extent = Extent(Int32(batch), packed_q.shape[2], seqlen_q, mK.shape[0], section)
         self.kernel(
             maps,
-            _Outputs(mO, mLSE, counter, counts),
+            Outputs(mO, mLSE, counter, counts),
             sink,
             Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k),
             extent,
@@ -175,8 +174,8 @@ class Sm90Forward:
     @cute.kernel
     def kernel(
         self,
-        maps: _Maps,
-        outputs: _Outputs,
+        maps: Maps,
+        outputs: Outputs,
         sink: cute.Tensor | None,
         lengths: Lengths,
         extent: Extent,
@@ -189,7 +188,7 @@ class Sm90Forward:
         memory = cutlass.utils.SmemAllocator()
         slots = config.kv_slots
         barriers = memory.allocate_array(Int64, 4 + 2 * config.q_slots + 4 * slots)
-        rings = _Rings(
+        rings = Rings(
             items=Ring(barriers, self.item_slots, 1, consumer_warps + 1),
             q=Ring(barriers + 4, config.q_slots, 1, consumer_warps),
             k=Ring(barriers + 4 + 2 * config.q_slots, slots, 1, consumer_warps),
@@ -208,7 +207,7 @@ class Sm90Forward:
         else:
             rows = cute.make_layout((64, config.head_dim_v, config.warpgroups), stride=(1, config.tile_m, 64))
             s_o = cute.composition(s_q[None, None, 0], rows)
-        shared = _Shared(s_items, s_q, s_k, s_v, s_o)
+        shared = Shared(s_items, s_q, s_k, s_v, s_o)
 
         if warp_index == 0:
             with cute.arch.elect_one():
@@ -234,8 +233,7 @@ class Sm90Forward:
     def schedule(self, outputs, sink, shared, rings, lengths, extent, values):
         """The scheduler warp. Waits on the items' empty barriers and completes their full ones.
 
-        Where items are drawn it draws the next one when the load warp is through with the last, some two tiles before
-        the consumers are: late enough to leave it to a block that is free sooner, early enough to hide the latency.
+        Where items are drawn it draws the next one when the load warp is nearly through with the last (`DRAW_AHEAD`).
         """
         config = self.config
         program, _, _ = cute.arch.block_idx()
@@ -305,7 +303,12 @@ class Sm90Forward:
             q_at = rings.q.next(q_at)
             self._load(rings.k, k_at, maps.k, t_gk[None, span.end - 1], t_sk)
             k_at = rings.k.next(k_at)
-            for i in cutlass.range(span.end - span.begin - 1, unroll=1):
+            to_come = span.end - span.begin - 1
+            if to_come < DRAW_AHEAD:
+                self._release(rings.items, items)
+            for i in cutlass.range(to_come, unroll=1):
+                if to_come - i == DRAW_AHEAD:
+                    self._release(rings.items, items)
                 tile = span.end - 2 - i
                 self._load(rings.k, k_at, maps.k, t_gk[None, tile], t_sk)
                 k_at = rings.k.next(k_at)
@@ -313,7 +316,6 @@ class Sm90Forward:
                 v_at = rings.v.next(v_at)
             self._load(rings.v, v_at, maps.v, t_gv[None, span.begin], t_sv)
             v_at = rings.v.next(v_at)
-            self._release(rings.items, items)
             items = rings.items.next(items)
             item = self._read(shared.items, rings.items, items)
 
@@ -348,7 +350,7 @@ class Sm90Forward:
             shared.v, cute.make_ordered_layout((config.head_dim_v, config.tile_n, config.kv_slots), order=(1, 0, 2))
         )
         p = mma_o.make_fragment_A(part_o.partition_shape_A((config.tile_m, config.tile_n)))
-        state = _State(
+        state = State(
             group=group,
             mma_s=mma_s,
             mma_o=mma_o,
@@ -374,17 +376,21 @@ class Sm90Forward:
         items = rings.items.next(items)
         if const_expr(self.overlap_items):
             if item.valid:
-                self._first_scores(state, q_at, k_at)
+                k_at = self._first_scores(state, item, q_at, k_at)
         while item.valid:
             if const_expr(not self.overlap_items):
-                self._first_scores(state, q_at, k_at)
+                k_at = self._first_scores(state, item, q_at, k_at)
+            span = self._own_span(state, item)
+            ahead = item.span.end - span.end
+            if const_expr(self.kinds.uneven):
+                if ahead > 1:
+                    k_at, v_at = self._pass_by(state, shared.v, item, ahead, q_at, k_at, v_at)
             state.acc_o.fill(0.0)
             state.row_sum.fill(0.0)
             state.pivot.fill(-Float32.inf)
             state.skips.fill(0)
             self._release(rings.k, k_at)
             k_at = rings.k.next(k_at)
-            span = item.span
             self._cap(state)
             cut = span.end > span.full_end
             if const_expr(self.kinds.window_left):
@@ -394,7 +400,13 @@ class Sm90Forward:
             self._softmax(state)
             self._round(state)
             if const_expr(self.ragged_k):
-                self._clear_past_the_end(state, shared.v, item, v_at)
+                if ahead <= 1:
+                    self._clear_past_the_end(state, shared.v, item, v_at)
+            if const_expr(self.kinds.uneven):
+                if ahead == 1:
+                    self._await_turn(state.group)
+                    self._pass_turn(state.group)
+                    v_at = self._pass_value(state, v_at)
 
             masked_end = span.end - 1
             full_end = cutlass.min(span.full_end, masked_end)
@@ -407,6 +419,8 @@ class Sm90Forward:
             if const_expr(self.kinds.window_left):
                 for i in cutlass.range(full_begin - span.begin, unroll=1):
                     k_at, v_at = self._step(state, item, full_begin - 1 - i, q_at, k_at, v_at, True)
+                for _ in cutlass.range(span.begin - item.span.begin, unroll=1):
+                    k_at = self._pass_key(state, k_at)
 
             following = self._read(shared.items, rings.items, items)
             self._release(rings.items, items)
@@ -414,18 +428,94 @@ class Sm90Forward:
             if const_expr(self.overlap_items):
                 self._release(rings.q, q_at)
                 q_next = rings.q.next(q_at)
-                self._seam(state, following, q_at, q_next, k_at, v_at)
+                k_at = self._seam(state, following, q_at, q_next, k_at, v_at)
                 q_at = q_next
             else:
                 self._last_values(state, v_at)
             self._release(rings.v, v_at)
             v_at = rings.v.next(v_at)
-            self._write(state, maps, outputs, sink, shared, item)
+            if const_expr(self.kinds.window_left):
+                for _ in cutlass.range(span.begin - item.span.begin, unroll=1):
+                    v_at = self._pass_value(state, v_at)
+            self._write(state, maps, outputs, sink, shared, item, span)
             if const_expr(not self.overlap_items):
                 self._release(rings.q, q_at)
                 q_at = rings.q.next(q_at)
             item = following
         cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def _own_span(self, state, item):
+        """The key tiles that the warpgroup's own rows see, of the item's; one at least.
+
+        Rows further up see fewer tiles on the right, rows further down fewer on the left, where it is one at most: 64
+        rows are no more than a tile, and three warpgroups' tiles have 128 keys.
+        """
+        if const_expr(not self.kinds.uneven):
+            return item.span
+        config, sequence = self.config, item.sequence
+        window = Window(state.values.window_left, state.values.window_right)
+        first = self._first_position(state, item.work)
+        last = cutlass.min(first + config.positions // config.warpgroups, sequence.seqlen_q)
+        own = key_span(first, last, sequence.seqlen_q, sequence.seqlen_k, window, config.tile_n)
+        begin, full_begin, full_end, end = own
+        if first >= last or end <= begin:  # no row of the sequence, or none that sees a key
+            begin = item.span.begin
+            full_begin, full_end, end = begin, begin, begin + 1
+        return Span(begin, full_begin, full_end, end)
+
+    @cute.jit
+    def _reach(self, state, item, k_at):
+        """Waits for the item's first key tile, or the second where the warpgroup's rows see nothing of the first.
+
+        Further than that would wait for what other warpgroups do in turns after this one. Returns K's cursor.
+        """
+        ring = state.rings.k
+        ring.wait(k_at)
+        if const_expr(self.kinds.uneven):
+            if item.span.end - self._own_span(state, item).end == 1:
+                self._release(ring, k_at)
+                k_at = ring.next(k_at)
+                ring.wait(k_at)
+        return k_at
+
+    @cute.jit
+    def _pass_by(self, state, s_v, item, ahead, q_at, k_at, v_at):
+        """Lets go of the item's first key tiles, two or more, and computes S of the one after; returns both cursors.
+
+        A turn is taken for each, so that warpgroups stay within a tile of one another; the first one's was the seam's.
+        """
+        for i in cutlass.range(ahead, unroll=1):
+            if i > 0:
+                k_at = self._pass_key(state, k_at)
+                v_at = self._pass_value(state, v_at)
+            else:
+                self._release(state.rings.k, k_at)
+                k_at = state.rings.k.next(k_at)
+                if const_expr(self.ragged_k):
+                    self._clear_past_the_end(state, s_v, item, v_at)
+        state.rings.k.wait(k_at)
+        self._await_turn(state.group)
+        self._scores(state, q_at.index, k_at.index)
+        self._pass_turn(state.group)
+        warpgroup.wait_group(0)
+        return k_at, self._pass_value(state, v_at)
+
+    @cute.jit
+    def _pass_key(self, state, k_at):
+        """A turn without products, for a key tile that the warpgroup's rows do not see; returns the next cursor."""
+        state.rings.k.wait(k_at)
+        self._await_turn(state.group)
+        self._pass_turn(state.group)
+        self._release(state.rings.k, k_at)
+        return state.rings.k.next(k_at)
+
+    @cute.jit
+    def _pass_value(self, state, v_at):
+        """Lets go of the values of such a tile."""
+        state.rings.v.wait(v_at)
+        self._release(state.rings.v, v_at)
+        return state.rings.v.next(v_at)
 
     def _mma(self, columns: int, rows_from_registers: bool) -> cute.TiledMma:
         """wgmma tiles of 64 rows a warpgroup: S = Q K^T from shared memory, O = P V with P from registers."""
@@ -463,14 +553,15 @@ class Sm90Forward:
         self._issue(state.mma_o, state.acc_o, state.p, state.v[None, None, None, v_slot], True)
 
     @cute.jit
-    def _first_scores(self, state, q_at, k_at):
-        """S of an item's first tile, with nothing to overlap it with."""
+    def _first_scores(self, state, item, q_at, k_at):
+        """S of an item's first tile, with nothing to overlap it with; returns K's cursor there."""
         state.rings.q.wait(q_at)
-        state.rings.k.wait(k_at)
+        k_at = self._reach(state, item, k_at)
         self._await_turn(state.group)
         self._scores(state, q_at.index, k_at.index)
         self._pass_turn(state.group)
         warpgroup.wait_group(0)
+        return k_at
 
     @cute.jit
     def _last_values(self, state, v_at):
@@ -505,21 +596,23 @@ class Sm90Forward:
 
     @cute.jit
     def _seam(self, state, following, q_at, q_next, k_at, v_at):
-        """O of an item's last tile and S of the next item's first; after the last item S repeats old tiles, unread."""
+        """O of an item's last tile and S of the next item's first; after the last item S repeats old tiles, unread.
+
+        No branch goes around the products: ptxas would wait for each of them, everywhere. Returns K's cursor.
+        """
         rings = state.rings
-        q_slot, k_slot = q_at.index, k_at.index
+        q_slot, k_slot = q_at.index, (k_at.index + self.config.kv_slots - 1) % self.config.kv_slots
         if following.valid:
             rings.q.wait(q_next)
-            rings.k.wait(k_at)
-            q_slot = q_next.index
-        else:
-            k_slot = (k_at.index + self.config.kv_slots - 1) % self.config.kv_slots
+            k_at = self._reach(state, following, k_at)
+            q_slot, k_slot = q_next.index, k_at.index
         self._await_turn(state.group)
         self._scores(state, q_slot, k_slot)
         rings.v.wait(v_at)
         self._values(state, v_at.index)
         self._pass_turn(state.group)
         warpgroup.wait_group(0)
+        return k_at
 
     @cute.jit
     def _await_turn(self, group):
@@ -543,7 +636,7 @@ class Sm90Forward:
         ring.wait(at)
         word = [s_items[i, at.index] for i in range(ITEM_WORDS)]
         cute.arch.sync_warp()
-        return _Item(word[0] != 0, WorkItem(*word[1:4]), Sequence(*word[4:9]), Span(*word[9:13]))
+        return Item(word[0] != 0, WorkItem(*word[1:4]), Sequence(*word[4:9]), Span(*word[9:13]))
 
     @cute.jit
     def _first_position(self, state, work):
@@ -653,7 +746,7 @@ class Sm90Forward:
             cute.arch.barrier(barrier_id=RAGGED_BARRIER, number_of_threads=WARPGROUP * config.warpgroups)
 
     @cute.jit
-    def _write(self, state, maps, outputs, sink, shared, item):
+    def _write(self, state, maps, outputs, sink, shared, item, span):
         """Normalises O and writes it and the LSE; by TMA where the warpgroup's 64 rows are the sequence's own."""
         sequence, work = item.sequence, item.work
         batch = self._batch(work)
@@ -679,7 +772,7 @@ class Sm90Forward:
             if cute.arch.lane_idx() % 4 == 0 and position < sequence.rows_q:
                 outputs.lse[sequence.offset_q + position, head, batch] = lse
                 if const_expr(self.counted):
-                    self._count(outputs.counts, sequence.offset_q + position, head, batch, item.span, state.skips[r])
+                    self._count(outputs.counts, sequence.offset_q + position, head, batch, span, state.skips[r])
 
         r_o = cute.make_rmem_tensor(state.acc_o.layout, self.dtype)
         pairs = cute.recast_tensor(r_o, Int32)
@@ -740,64 +833,6 @@ class Sm90Forward:
         of_row = counts[head, row, None] if const_expr(self.kinds.varlen) else counts[batch, head, row, None]
         of_row[0] = span.end - span.begin
         of_row[1] = skips
-
-
-class _Maps(NamedTuple):
-    """TMA copies with the coordinate tensors that they read or write."""
-
-    q: cute.CopyAtom
-    m_q: cute.Tensor
-    k: cute.CopyAtom
-    m_k: cute.Tensor
-    v: cute.CopyAtom
-    m_v: cute.Tensor
-    out: cute.CopyAtom
-    m_out: cute.Tensor
-
-
-class _Outputs(NamedTuple):
-    """What the kernel writes, by ordinary stores."""
-
-    out: cute.Tensor
-    lse: cute.Tensor
-    counter: cute.Tensor | None
-    counts: cute.Tensor | None
-
-
-class _Rings(NamedTuple):
-    items: Ring
-    q: Ring
-    k: Ring
-    v: Ring
-
-
-class _Shared(NamedTuple):
-    """Shared memory: published items, and tiles with their slots in the last mode."""
-
-    items: cute.Tensor
-    q: cute.Tensor
-    k: cute.Tensor
-    v: cute.Tensor
-    out: cute.Tensor
-
-
-class _State(NamedTuple):
-    """What a consumer warpgroup holds: operands as wgmma takes them, accumulators and statistics of its rows."""
-
-    group: Int32
-    mma_s: cute.TiledMma
-    mma_o: cute.TiledMma
-    q: cute.Tensor
-    k: cute.Tensor
-    v: cute.Tensor
-    p: cute.Tensor
-    acc_s: cute.Tensor
-    acc_o: cute.Tensor
-    pivot: cute.Tensor
-    row_sum: cute.Tensor
-    skips: cute.Tensor
-    rings: Any
-    values: Values
 
 
 def _fold(values: list, combine: Any) -> Any:

@@ -31,3 +31,14 @@ def visited_tiles(len_q, len_k, left, right, tile_m, tile_n):
         keys = seen[first : first + tile_m].any(0)
         visits[first : first + tile_m] = sum(keys[at : at + tile_n].any() for at in range(0, len_k, tile_n))
     return visits
+
+
+def visited_by_warpgroups(len_q, len_k, left, right, config):
+    """`visited_tiles` of the Hopper kernel, whose warpgroups visit what their own 64 rows see.
+
+    One whose rows see nothing visits one tile, if another warpgroup's rows of its query tile do see a key.
+    """
+    own, whole = (
+        visited_tiles(len_q, len_k, left, right, rows // config.packed, config.tile_n) for rows in (64, config.tile_m)
+    )
+    return np.where(own > 0, own, np.minimum(whole, 1))

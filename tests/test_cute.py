@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from simulation import simulated_skips, visited_tiles
+from simulation import simulated_skips, visited_by_warpgroups, visited_tiles
 
 import fa4_cute
 from dispatch import attention, explain
@@ -72,7 +72,10 @@ def test_hidden_tiles_are_never_visited():
         q, k = torch.randn(1, len_q, 1, 64).half().cuda(), torch.randn(1, len_k, 1, 64).half().cuda()
         visits, _ = count(q, k, k, window_left=left, window_right=right)
         config = config_of(q)
-        want = visited_tiles(len_q, len_k, left, right, config.tile_m, config.tile_n)
+        if isinstance(config, sm90_config.Sm90Config):
+            want = visited_by_warpgroups(len_q, len_k, left, right, config)
+        else:
+            want = visited_tiles(len_q, len_k, left, right, config.tile_m, config.tile_n)
         assert (visits[0, 0].numpy() == want).all(), (len_q, len_k, left, right)
 
 

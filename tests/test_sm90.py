@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from simulation import visited_tiles
+from simulation import visited_by_warpgroups
 
 import fa4_cute
 from fa4_core.problem import Inputs, make_problem
@@ -130,5 +130,5 @@ def test_hidden_tiles_are_never_visited_by_packed_heads(group):
         counts = torch.zeros(*problem.lse_shape, 2, dtype=torch.int32, device="cuda")
         launch.forward(problem, inputs, counts)
         config = config_for(problem.kinds)
-        want = visited_tiles(len_q, len_k, left, right, config.tile_m // config.packed, config.tile_n)
+        want = visited_by_warpgroups(len_q, len_k, left, right, config)
         assert (counts[0, :, :, 0].cpu().numpy() == want).all(), (len_q, len_k, left, right)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 dispatch = pytest.importorskip("dispatch", reason="run from the repository's root")
 
-from simulation import visited_tiles  # noqa: E402
+from simulation import visited_by_warpgroups  # noqa: E402
 
 from fa4_core.checks import check_forward  # noqa: E402
 from fa4_core.problem import Inputs, make_problem  # noqa: E402
@@ -128,7 +128,7 @@ def test_hidden_tiles_are_never_visited(group, longest):
         assert counts is not None
         config = config_for(problem.kinds)
         assert config.packed == (1 if group == 3 else group)
-        want = visited_tiles(len_q, len_k, left, right, config.tile_m // config.packed, config.tile_n)
+        want = visited_by_warpgroups(len_q, len_k, left, right, config)
         want = np.where(want > 0, want, -1)  # rows without keys are written elsewhere, and not counted
         assert (counts[0, :, :, 0].numpy() == want).all(), (len_q, len_k, left, right)
 
