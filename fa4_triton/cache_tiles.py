@@ -51,8 +51,9 @@ def decode_tile(itemsize: int, cache_itemsize: int, dim: int, rows: int, target:
         return CacheTile(packed, 16, 4, 1, 1)
     n = 64 if itemsize == 2 else 32
     warps = 8 if packed * dim >= 64 * 128 else 4  # two sums of O^T must fit into the registers
-    # A stage holds keys, values and the query; P needs its place, too.
-    stage, rest = 2 * n * dim * cache_itemsize + packed * dim * itemsize, RESERVED + n * packed * itemsize
+    # A stage holds keys, values and the query; P needs its place, too, and O^T where a part is stored.
+    stage = 2 * n * dim * cache_itemsize + packed * dim * itemsize
+    rest = RESERVED + packed * (n * itemsize + 2 * dim)
     kib = SHARED_MEMORY[family_of(target)]
     programs = 2 if _stages(stage, rest, kib / 2) > 1 else 1
     return CacheTile(packed, n, warps, _stages(stage, rest, kib / programs), programs)

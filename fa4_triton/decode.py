@@ -27,8 +27,8 @@ from fa4_triton.steps import LN_2, LOG2_E, Statistics, Strided, Values, block_of
 
 @triton.constexpr_function
 def merge_step(dim_v, rows):
-    """Parts that are read at once in a merge: as many as the registers hold."""
-    return max(1, min(8, 16384 // (dim_v * rows)))
+    """Parts that are read at once in a merge: few, since its code is run once, out of a cold instruction cache."""
+    return max(1, min(4, 8192 // (dim_v * rows)))
 
 
 class Rows(NamedTuple):
@@ -57,14 +57,15 @@ class Rows(NamedTuple):
 
 MOST_CHUNKS = 32
 """Chunks that a sequence has by default at most; see `keys_of`."""
+HELD: tl.constexpr = tl.constexpr(2**16)
 
 
 class Splits(NamedTuple):
     """Work space of the split, for each sequence and KV head (a pair).
 
-    parts: float32, for each of `slots` chunks O^T unnormalised, the row maxima (log2 units) and the row sums. arrivals:
-    int32, for each pair the chunks that arrived (0 between launches), and how many the first part holds. `wanted`:
-    chunks a sequence, 0 for the default.
+    parts: float32, for each of `slots` chunks O unnormalised (rows, DIM_V), and after them all, for each row of each,
+    its maximum (log2 units) and its sum. arrivals: int32 for each pair, 0 between launches: the chunks that arrived,
+    and in units of HELD how many of them the first part holds. `wanted`: chunks a sequence, 0 for the default.
     """
 
     parts: tl.tensor
@@ -273,45 +274,49 @@ def fold_chunk(whole, part):
 
 
 @triton.jit
-def part_pointers(splits, pair, slot, row, n_rows, DIM_V: tl.constexpr, DV: tl.constexpr):
-    """Pointers to a part's O^T (DV, rows), row maxima and row sums; it holds n_rows."""
-    base = splits.parts + (pair * splits.slots + slot) * (n_rows * (DIM_V + 2))
-    statistics = base + n_rows * DIM_V + row
-    return base + row[None, :] * DIM_V + tl.arange(0, DV)[:, None], statistics, statistics + n_rows
+def part_pointers(splits, pairs, pair, slot, row, n_rows, DIM_V: tl.constexpr, DV: tl.constexpr):
+    """Pointers to a part's O^T (DV, rows), of which n_rows are there, to its row maxima, and the mask of O^T."""
+    first = (pair * splits.slots + slot) * n_rows
+    # Rows of 32 bytes or a multiple, moved by 8 bytes: 16 would cost shared memory that the second program needs.
+    base = tl.multiple_of(splits.parts + first * DIM_V, 8)
+    column = tl.arange(0, DV)
+    statistics = splits.parts + pairs * splits.slots * n_rows * DIM_V + 2 * (first + row)
+    mask = tl.broadcast_to((row < n_rows)[None, :], [DV, row.shape[0]])
+    if DIM_V != DV:
+        mask = mask & (column < DIM_V)[:, None]
+    return base + (row[None, :] * DIM_V + column[:, None]), statistics, mask
 
 
 @triton.jit
-def store_part(splits, pair, slot, row, n_rows, state, DIM_V: tl.constexpr, DV: tl.constexpr):
+def store_part(splits, pairs, pair, slot, row, n_rows, state, DIM_V: tl.constexpr, DV: tl.constexpr):
     """Stores a chunk's state (O^T, row maxima, row sums)."""
     acc, row_max, row_sum = state
-    outs, maxima, sums = part_pointers(splits, pair, slot, row, n_rows, DIM_V, DV)
-    used = row < n_rows
-    tl.store(outs, acc, mask=used[None, :] & (tl.arange(0, DV) < DIM_V)[:, None])
-    tl.store(maxima, row_max, mask=used)
-    tl.store(sums, row_sum, mask=used)
+    outs, statistics, mask = part_pointers(splits, pairs, pair, slot, row, n_rows, DIM_V, DV)
+    tl.store(outs, acc, mask=mask)
+    tl.store(statistics, row_max, mask=row < n_rows)
+    tl.store(statistics + 1, row_sum, mask=row < n_rows)
 
 
 @triton.jit
-def merge_parts(splits, pair, chunks, row, n_rows, DIM_V: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr):
-    """The state over a pair's chunks, folded in their order; the first part may hold several."""
+def merge_parts(splits, pairs, pair, held, chunks, row, n_rows, DIM_V: tl.constexpr, DV: tl.constexpr,
+                ROWS: tl.constexpr):  # fmt: skip
+    """The state over a pair's chunks, folded in their order; the first part holds `held` of them."""
     state = (
         tl.zeros([DV, ROWS], tl.float32),
         tl.full([ROWS], float("-inf"), tl.float32),
         tl.zeros([ROWS], tl.float32),
     )
-    first = tl.load(splits.arrivals + 2 * pair + 1, cache_modifier=".cg")
     STEP: tl.constexpr = merge_step(DV, ROWS)
     # Part 0, and then the chunks that it does not hold.
-    for at in range(first - 1, chunks, STEP):
+    for at in range(held - 1, chunks, STEP):
         for j in tl.static_range(STEP):
-            slot = tl.where(at + j < first, 0, at + j)
+            slot = tl.where(at + j < held, 0, at + j)
             there = at + j < chunks
-            outs, maxima, sums = part_pointers(splits, pair, slot, row, n_rows, DIM_V, DV)
+            outs, statistics, mask = part_pointers(splits, pairs, pair, slot, row, n_rows, DIM_V, DV)
             used = (row < n_rows) & there
-            mask = used[None, :] & (tl.arange(0, DV) < DIM_V)[:, None]
-            acc = tl.load(outs, mask=mask, other=0.0, cache_modifier=".cg")
-            row_max = tl.load(maxima, mask=used, other=float("-inf"), cache_modifier=".cg")
-            row_sum = tl.load(sums, mask=used, other=0.0, cache_modifier=".cg")
+            acc = tl.load(outs, mask=mask & there, other=0.0, cache_modifier=".cg")
+            row_max = tl.load(statistics, mask=used, other=float("-inf"), cache_modifier=".cg")
+            row_sum = tl.load(statistics + 1, mask=used, other=0.0, cache_modifier=".cg")
             state = fold_chunk(state, (acc, row_max, row_sum))
     return state
 
@@ -386,6 +391,7 @@ def attention_decode(
     row_q = row // GROUP
     used = row_q < rows.rows_q
     n_rows = rows.rows_q * GROUP
+    pairs = tl.cast(rows.batch, tl.int64) * heads_kv
     column = tl.arange(0, D)
     q_rows = (row_q * q.stride_s + (row % GROUP) * q.stride_h)[:, None] + column[None, :]
     q_mask = used[:, None] & (column < DIM)[None, :]
@@ -440,7 +446,8 @@ def attention_decode(
             part = (state[0], state[1], tl.sum(state[2], 0))
             if inherited:
                 slot = (tile - 1) // keys.chunk
-                store_part(splits, sequence.to(tl.int64) * heads_kv + pair, slot, row, n_rows, part, DIM_V, DV)
+                number = sequence.to(tl.int64) * heads_kv + pair
+                store_part(splits, pairs, number, slot, row, n_rows, part, DIM_V, DV)
             else:
                 whole = fold_chunk(whole, part)
             state = (nothing[0], nothing[1], tl.zeros([TILE_N, ROWS], tl.float32))
@@ -473,14 +480,15 @@ def attention_decode(
             arrived = tile // keys.chunk
             chunks = (keys.tiles + keys.chunk - 1) // keys.chunk
         if there:
+            news = arrived
             if which == 1:
-                store_part(splits, number, 0, row, n_rows, whole, DIM_V, DV)
-                tl.store(splits.arrivals + 2 * number + 1, arrived)
+                store_part(splits, pairs, number, 0, row, n_rows, whole, DIM_V, DV)
+                news += arrived * HELD
             tl.debug_barrier()  # every thread's part is written before one of them says so
-            before = tl.atomic_add(splits.arrivals + 2 * number, arrived, sem="acq_rel", scope="gpu")
-            if before + arrived == chunks:
-                tl.store(splits.arrivals + 2 * number, 0)
-                merged = merge_parts(splits, number, chunks, row, n_rows, DIM_V, DV, ROWS)
+            news += tl.atomic_add(splits.arrivals + number, news, sem="acq_rel", scope="gpu")
+            if news % HELD == chunks:
+                tl.store(splits.arrivals + number, 0)
+                merged = merge_parts(splits, pairs, number, news // HELD, chunks, row, n_rows, DIM_V, DV, ROWS)
                 batch = (number // heads_kv).to(tl.int32)
                 head_kv = (number % heads_kv).to(tl.int32)
                 scale_v = descale_of(v, v_descale, batch, head_kv)
