@@ -178,7 +178,7 @@ def _make_call(
         pairs = problem.batch * heads_kv
         most_tiles = _most_tiles(problem, tile.n)
         slots = num_splits or min(MOST_CHUNKS, most_tiles)
-        n_parts, n_arrivals = pairs * slots * packed * (kinds.head_dim_v + 2), 2 * pairs
+        n_parts, n_arrivals = pairs * slots * packed * (kinds.head_dim_v + 2), pairs
         grid = min(_programs(device, tile.programs), pairs * slots) if packed else 0
     else:
         # A sequence may end within a block.
