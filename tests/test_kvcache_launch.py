@@ -170,7 +170,7 @@ def test_neither_capacity_nor_group_changes_how_the_work_is_laid_out(monkeypatch
     assert few[0] == grouped[0] == "attention_decode"
     assert few[1] == grouped[1] == 16
     assert few[2] == grouped[2]
-    assert few[4] == grouped[4] == 2 * 3 * 2  # two counters for each sequence and KV head
+    assert few[4] == grouped[4] == 3 * 2  # a counter for each sequence and KV head
 
 
 @pytest.mark.gpu
