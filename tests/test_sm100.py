@@ -3,36 +3,16 @@
 What it computes is executed in tests/emulator/test_project_cute.py, within the table's shared memory.
 """
 
-import importlib.util
 import re
-import subprocess
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from machine_code import disassembled, kinds, needs_dsl, needs_triton, varlen_kinds
 
-from fa4_core.problem import Inputs, make_problem
 from fa4_cute import sm100_config
 from fa4_cute.sm100_config import Exp2Share, Sm100Config, config_for, missing, padded
-
-needs_dsl = pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="needs nvidia-cutlass-dsl")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, for nvdisasm")
-
-
-def kinds(head_dim, head_dim_v=None, dtype=torch.bfloat16, group=1, **options):
-    k, v = (torch.empty(1, 4, 2, dim, dtype=dtype) for dim in (head_dim, head_dim_v or head_dim))
-    return make_problem(Inputs(torch.cat([k] * group, 2), k, v), **options).kinds
-
-
-def packed_kinds(head_dim, group, **options):
-    """Of packed sequences with a sink and lengths in use: what a row needs to the end of its item."""
-    q, k = (torch.empty(8, heads, head_dim, dtype=torch.bfloat16) for heads in (2 * group, 2))
-    cu, used = torch.tensor([0, 8], dtype=torch.int32), torch.tensor([8], dtype=torch.int32)
-    bounds = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "seqused_q": used, "seqused_k": used}
-    return make_problem(Inputs(q, k, k, sink=torch.empty(2 * group), **bounds), **options).kinds
 
 
 @pytest.mark.parametrize("head_dims", sm100_config.HEAD_DIMS)
@@ -166,26 +146,13 @@ def test_the_emulated_exponential_is_as_accurate_as_it_says():
     assert (y[x == 0] == 1).all()
 
 
-def tool(name):
-    import triton.backends.nvidia as nvidia
-
-    return str(Path(nvidia.__file__).parent / "bin" / name)
-
-
-def disassembled(kept, *command):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kept.cubin)
-        file.flush()
-        return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
-
-
 CODE = {
     "full-128": (kinds(128), None),
     "causal-64": (kinds(64, window_right=0), None),
     "causal-gqa-128": (kinds(128, group=8, window_right=0), None),
-    "varlen-left-used-sink-gqa-128": (packed_kinds(128, 8, window_left=4), torch.float32),
-    "varlen-left-used-sink-96": (packed_kinds(96, 3, window_left=4), torch.float32),
-    "varlen-used-sink-128": (packed_kinds(128, 1), torch.float32),
+    "varlen-left-used-sink-gqa-128": (varlen_kinds(128, 8, window_left=4), torch.float32),
+    "varlen-left-used-sink-96": (varlen_kinds(96, 3, window_left=4), torch.float32),
+    "varlen-used-sink-128": (varlen_kinds(128, 1), torch.float32),
     "window-softcap-256": (kinds(256, window_left=5, window_right=5, softcap=2.0), None),
     "window-softcap-192": (kinds(192, 128, window_left=5, window_right=5, softcap=2.0), None),
 }
@@ -203,9 +170,9 @@ def test_machine_code_spills_nothing_and_keeps_to_each_roles_registers(name, arc
     kind, sink = CODE[name]
     config = config_for(kind, (10, 3) if arch == "sm_103a" else (10, 0))
     kept = compile_kernel(Request(arch, FACTORIES[arch], (kind, config, False), (kind, sink, False)))
-    usage = disassembled(kept, tool("cuobjdump"), "-res-usage")
+    usage = disassembled(kept, "cuobjdump", "-res-usage")
     assert re.search(r"STACK:0 .*LOCAL:0", usage), usage
-    code = disassembled(kept, tool("nvdisasm"), "-c")
+    code = disassembled(kept, "nvdisasm", "-c")
     assert not re.search(r"\b(LDL|STL)\b", code)
     parts = re.split(r"(USETMAXREG\.\S+ .*?;)", code)
     budgets = [int(re.findall(r"0x([0-9a-f]+)", part)[-1], 16) for part in parts[1::2]]

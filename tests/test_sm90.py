@@ -3,16 +3,13 @@
 What it computes is executed in tests/emulator/test_project_sm90.py, and checked on a GPU like every backend's results.
 """
 
-import importlib.util
 import re
-import subprocess
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from machine_code import disassembled, kinds, needs_dsl, needs_triton, varlen_kinds
 from simulation import visited_by_warpgroups
 
 import fa4_cute
@@ -20,26 +17,11 @@ from fa4_core.problem import Inputs, make_problem
 from fa4_cute import kernels
 from fa4_cute.sm90_config import Sm90Config, config_for
 
-needs_dsl = pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="needs nvidia-cutlass-dsl")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, for nvdisasm")
 HOPPER = (
     torch.cuda.is_available()
     and torch.cuda.get_device_capability(0) == (9, 0)
     and fa4_cute.BACKEND.unavailable(torch.device("cuda", 0)) is None
 )
-
-
-def kinds(head_dim, head_dim_v=None, group=1, **options):
-    k, v = (torch.empty(1, 4, 2, dim, dtype=torch.bfloat16) for dim in (head_dim, head_dim_v or head_dim))
-    return make_problem(Inputs(torch.cat([k] * group, 2), k, v), **options).kinds
-
-
-def varlen_kinds(head_dim, group, **options):
-    """Of packed sequences with a sink and lengths in use: what a row needs to the end of its item."""
-    q, k = (torch.empty(8, heads, head_dim, dtype=torch.bfloat16) for heads in (2 * group, 2))
-    cu, used = torch.tensor([0, 8], dtype=torch.int32), torch.tensor([8], dtype=torch.int32)
-    bounds = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "seqused_q": used, "seqused_k": used}
-    return make_problem(Inputs(q, k, k, sink=torch.empty(2 * group), **bounds), **options).kinds
 
 
 @pytest.mark.parametrize(
@@ -65,16 +47,6 @@ def test_a_config_for_another_group_is_refused():
 
     with pytest.raises(ValueError, match="packed: got 2 heads, a group has 3"):
         Sm90Forward(kinds(64, group=3), Sm90Config(64, 64, tile_n=128, packed=2))
-
-
-def disassembled(kept, name, *options):
-    import triton.backends.nvidia as nvidia
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kept.cubin)
-        file.flush()
-        command = [str(Path(nvidia.__file__).parent / "bin" / name), *options, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 CODE = {
