@@ -404,8 +404,7 @@ class Sm90Forward:
                     self._clear_past_the_end(state, shared.v, item, v_at)
             if const_expr(self.kinds.uneven):
                 if ahead == 1:
-                    self._await_turn(state.group)
-                    self._pass_turn(state.group)
+                    self._skip_turn(state.group)
                     v_at = self._pass_value(state, v_at)
 
             masked_end = span.end - 1
@@ -495,18 +494,14 @@ class Sm90Forward:
                 if const_expr(self.ragged_k):
                     self._clear_past_the_end(state, s_v, item, v_at)
         state.rings.k.wait(k_at)
-        self._await_turn(state.group)
-        self._scores(state, q_at.index, k_at.index)
-        self._pass_turn(state.group)
-        warpgroup.wait_group(0)
+        self._scores_alone(state, q_at.index, k_at.index)
         return k_at, self._pass_value(state, v_at)
 
     @cute.jit
     def _pass_key(self, state, k_at):
         """A turn without products, for a key tile that the warpgroup's rows do not see; returns the next cursor."""
         state.rings.k.wait(k_at)
-        self._await_turn(state.group)
-        self._pass_turn(state.group)
+        self._skip_turn(state.group)
         self._release(state.rings.k, k_at)
         return state.rings.k.next(k_at)
 
@@ -553,14 +548,19 @@ class Sm90Forward:
         self._issue(state.mma_o, state.acc_o, state.p, state.v[None, None, None, v_slot], True)
 
     @cute.jit
+    def _scores_alone(self, state, q_slot, k_slot):
+        """A turn with S alone, and the wait for it."""
+        self._await_turn(state.group)
+        self._scores(state, q_slot, k_slot)
+        self._pass_turn(state.group)
+        warpgroup.wait_group(0)
+
+    @cute.jit
     def _first_scores(self, state, item, q_at, k_at):
         """S of an item's first tile, with nothing to overlap it with; returns K's cursor there."""
         state.rings.q.wait(q_at)
         k_at = self._reach(state, item, k_at)
-        self._await_turn(state.group)
-        self._scores(state, q_at.index, k_at.index)
-        self._pass_turn(state.group)
-        warpgroup.wait_group(0)
+        self._scores_alone(state, q_at.index, k_at.index)
         return k_at
 
     @cute.jit
@@ -624,6 +624,11 @@ class Sm90Forward:
         if const_expr(self.config.turns):
             after = (group + 1) % self.config.warpgroups
             cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + after, number_of_threads=2 * WARPGROUP)
+
+    @cute.jit
+    def _skip_turn(self, group):
+        self._await_turn(group)
+        self._pass_turn(group)
 
     @cute.jit
     def _release(self, ring, at):
