@@ -55,11 +55,6 @@ def pointers_are_aligned(*tensors: torch.Tensor) -> bool:
     return bits % POINTER_ALIGNMENT == 0
 
 
-def is_aligned(tensor: torch.Tensor) -> bool:
-    """Whether rows of `tensor` can be moved 16 bytes at a time from every (batch, row, head)."""
-    return tensor.data_ptr() % POINTER_ALIGNMENT == 0 and all(s % STRIDE_ALIGNMENT == 0 for s in tensor.stride()[:-1])
-
-
 def named(kernel: Any, args: tuple) -> tuple:
     """The arguments with each plain tuple made the named one that annotates its parameter."""
     types = kernel.fn.__annotations__
@@ -79,7 +74,7 @@ class _Signature:
     def type_of(self, path: tuple[int, ...], name: str, value: Any, aligned: bool = False) -> Any:
         if isinstance(value, tuple):
             names = getattr(value, "_fields", [""] * len(value))
-            # `is_aligned` looked at tensors with a head_dim alone: an LSE's strides, an index's pointer are anything.
+            # Callers look at tensors with a head_dim alone: an LSE's strides, an index's pointer are anything.
             aligned = self.aligned and isinstance(value, Strided)
             types = [self.type_of((*path, i), n, item, aligned) for i, (n, item) in enumerate(zip(names, value))]
             return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
@@ -119,7 +114,7 @@ def compile_kernel(
             parameter's annotation.
         constants: the kernel's constexpr parameters.
         options: num_warps, num_stages.
-        aligned: whether pointers and strides are aligned (see `is_aligned`).
+        aligned: whether pointers and strides are aligned (those of tensors with a head_dim).
     """
     signature = _Signature(aligned)
     names = kernel.arg_names

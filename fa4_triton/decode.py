@@ -57,7 +57,7 @@ class Rows(NamedTuple):
 
 MOST_CHUNKS = 32
 """Chunks that a sequence has by default at most; see `keys_of`."""
-HELD: tl.constexpr = tl.constexpr(2**16)
+HELD = tl.constexpr(2**16)
 
 
 class Splits(NamedTuple):

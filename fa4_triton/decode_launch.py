@@ -24,7 +24,6 @@ from fa4_triton.append import append_rows
 from fa4_triton.cache_tiles import MAX_ROWS, CacheTile, decode_tile, prefill_tile
 from fa4_triton.compile import (
     POINTER_ALIGNMENT,
-    STRIDE_ALIGNMENT,
     Arguments,
     addresses,
     compile_kernel,
@@ -107,14 +106,14 @@ def _rows_of(strides: tuple | None) -> tuple:
     """What follows the pointer in `Strided`: strides of a (B, S, H, D) or (total, H, D) tensor, and no descriptor."""
     if strides is None:
         return (None, None, None, None)
-    return (strides[0] if len(strides) == 4 else 0, *strides[-4:-1][-2:], None)
+    return (*host._row_strides(strides), None)
 
 
 def _statistics_of(strides: tuple | None) -> tuple:
     """What follows the pointer in `Statistics`: strides of a (B, H, S) or (H, total) tensor."""
     if strides is None:
         return (None, None, None)
-    return (strides[0] if len(strides) == 3 else 0, strides[-1], strides[-2])
+    return host._number_strides(strides)
 
 
 def _descale_of(strides: tuple | None) -> tuple:
@@ -125,7 +124,7 @@ def _descale_of(strides: tuple | None) -> tuple:
 
 
 def _aligned(strides: Iterable[Stride | None]) -> bool:
-    return all(s is None or all(n % STRIDE_ALIGNMENT == 0 for n in s[:-1]) for s in strides)
+    return host._strides_are_aligned(*[s for s in strides if s is not None])
 
 
 _Tensors = tuple[Tensor | None, ...]
