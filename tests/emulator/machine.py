@@ -48,13 +48,14 @@ class Blocked:
     """A handler's answer: the group waits until `condition(frame)` holds (which also takes over clocks).
 
     `advance`: continue behind the instruction then, instead of executing it again. `key`: groups that wait at one
-    instruction for the same thing may join.
+    instruction for the same thing may join. `lanes`: those that wait, if the rest of their group need not.
     """
 
     condition: Callable
     why: Callable[[], str] | str
     advance: bool
     key: object = None
+    lanes: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,14 @@ class Cta:
     def split_warps(self, group: Group) -> None:
         self.replace(group, [Group(self, i, i + 1, group.pc) for i in range(group.lo, group.hi)])
 
+    def hold(self, group: Group, blocked: Blocked, others: np.ndarray) -> Group:
+        """Leaves the lanes that wait for more of their warp at the instruction; `group` is its `others` from now on."""
+        held = Group(self, group.lo, group.hi, group.pc, blocked.lanes)
+        held.blocked, held.converging = blocked, True
+        group.mask = others
+        self.groups.append(held)
+        return held
+
     def retire(self, group: Group, leaving: np.ndarray | None) -> None:
         """Lanes of a group exit (None: all). The rest, if any, go on behind the instruction."""
         frame = group.frame
@@ -300,6 +309,9 @@ class Cta:
                 mask = None if lanes.all() else lanes.copy()
                 parts.append(Group(self, group.lo + i, group.lo + i + 1, group.pc + 1, mask))
         self.replace(group, parts)
+        for other in self.groups:
+            if other.converging and group.lo <= other.lo < group.hi:  # nobody waits for lanes that have exited
+                other.blocked, other.converging = None, False
 
     def join(self, group: Group) -> bool:
         """Joins a group with others at its instruction. True if `group` itself was absorbed or changed."""
@@ -330,13 +342,12 @@ class Cta:
             changed = True
         return changed
 
-    def missing_lanes(self, frame: Frame, mask, member: np.ndarray | None) -> bool:
-        """Whether lanes named by a membermask (None: all) are alive but not active, in warps that have active lanes."""
+    def missing_lanes(self, frame: Frame, mask) -> bool:
+        """Whether lanes are alive but not active, in warps that have active lanes."""
         if mask is None:
             return False
-        wanted = self.alive[frame.columns] if member is None else self.alive[frame.columns] & member
         per_warp = mask.reshape(-1, 32)
-        missing = (wanted & ~mask).reshape(-1, 32).any(1) & per_warp.any(1)
+        missing = (self.alive[frame.columns] & ~mask).reshape(-1, 32).any(1) & per_warp.any(1)
         return bool(missing.any())
 
 
@@ -645,6 +656,16 @@ class Machine:
         if answer is SPLIT:
             group.cta.split_warps(group)
             return False
+        if answer.lanes is not None:
+            others = ~answer.lanes if group.mask is None else group.mask & ~answer.lanes
+            if others.any():
+                if group.hi - group.lo > 1:
+                    group.cta.split_warps(group)
+                    return False
+                held = group.cta.hold(group, answer, others)
+                going_on = self._handle(group, node, others)
+                group.cta.join(held)
+                return going_on
         group.blocked = answer
         if answer.advance:
             group.pc = node.next_pc

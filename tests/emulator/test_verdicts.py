@@ -282,6 +282,87 @@ def test_a_warp_collective_that_lanes_never_reach_deadlocks():
         run("setp.lt.u32 %p1, %t, 8; @%p1 bra SOME; bar.sync 1, 64; SOME: bar.warp.sync -1; @%p1 bra SOME;", threads=32)
 
 
+SEPARATE_WAYS = """mov.b32 %r9, smem; setp.lt.u32 %p1, %t, 16; and.b32 %r3, %t, 1; setp.eq.u32 %p2, %r3, 0;
+mov.b32 %r2, 0; @!%p1 bra UPPER; mov.b32 %r1, {lower}; bra MEET; UPPER: add.s32 %r3, %r3, 1; setp.lt.u32 %p4, %r3, 6;
+@%p4 bra UPPER; mov.b32 %r1, {upper}; MEET: {op} ld.param.b64 %d1, [p0];
+mad.wide.u32 %d1, %t, 4, %d1; st.global.b32 [%d1], %r2;"""
+"""The lower lanes come first to `op`, whose membermask %r1 the upper ones have not written then."""
+
+LANE = np.arange(32)
+COLLECTIVES = {
+    "redux.sync.add.u32 %r2, %t, %r1;": (np.full(32, 496), np.repeat((120, 376), 16)),
+    "redux.sync.max.u32 %r2, %t, %r1;": (np.full(32, 31), np.repeat((15, 31), 16)),
+    "vote.sync.ballot.b32 %r2, %p2, %r1;": (np.full(32, 0x55555555), np.repeat((0x5555, 0x55550000), 16)),
+    "vote.sync.all.pred %p3, %p1, %r1; selp.b32 %r2, 1, 0, %p3;": (np.zeros(32), LANE < 16),
+    "vote.sync.any.pred %p3, %p1, %r1; selp.b32 %r2, 1, 0, %p3;": (np.ones(32), LANE < 16),
+    "vote.sync.uni.pred %p3, %p1, %r1; selp.b32 %r2, 1, 0, %p3;": (np.zeros(32), np.ones(32)),
+    "elect.sync %r2|%p3, %r1;": (np.zeros(32), LANE & 16),
+    "shfl.sync.bfly.b32 %r2, %t, 3, 31, %r1;": (LANE ^ 3, LANE ^ 3),
+    "shl.b32 %r4, %t, 2; add.s32 %r4, %r4, %r9; st.shared.b32 [%r4], %t; bar.warp.sync %r1; xor.b32 %r4, %r4, 28;"
+    "ld.shared.b32 %r2, [%r4];": (LANE ^ 7, LANE ^ 7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("op", COLLECTIVES)
+def test_a_membermask_in_a_register_is_that_of_the_lanes_that_have_come(op, seed):
+    """PTX ISA 9.7.9.6, 9.7.13.2-6: a lane waits for those that its own mask names, whole warp or half of one."""
+    for (lower, upper), want in zip(((-1, -1), (0xFFFF, 0xFFFF0000)), COLLECTIVES[op]):
+        out = np.zeros(32, np.uint32)
+        run(SEPARATE_WAYS.format(lower=lower, upper=upper, op=op), [out], threads=32, seed=seed)
+        np.testing.assert_array_equal(out, want)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("lower", "upper", "message"),
+    [
+        (-1, 0xFFFF0000, "different membermasks|waits for the other lanes"),
+        (0xFFFF, -1, "different membermasks|waits for the other lanes"),
+        (0xFFFF, 0xFFFF, "does not name it"),
+        (0xFFFE, 0xFFFF0000, "does not name it"),
+    ],
+)
+def test_membermasks_that_contradict_each_other_are_errors(lower, upper, message, seed):
+    """PTX ISA 9.7.13.6: the lanes of a mask execute with the same one, and a lane outside its own is undefined."""
+    body = SEPARATE_WAYS.format(lower=lower, upper=upper, op="redux.sync.add.u32 %r2, %t, %r1; bar.warp.sync -1;")
+    with pytest.raises(EmulatorError, match=message):
+        run(body, [np.zeros(32, np.uint32)], threads=32, seed=seed)
+
+
+def test_a_membermask_is_checked_where_all_lanes_come_together():
+    out = np.zeros(32, np.uint32)
+    body = "setp.lt.u32 %p1, %t, 16; selp.b32 %r1, {}, {}, %p1; redux.sync.add.u32 %r2, %t, %r1;"
+    body += "ld.param.b64 %d1, [p0]; mad.wide.u32 %d1, %t, 4, %d1; st.global.b32 [%d1], %r2;"
+    run(body.format(0xFFFF, 0xFFFF0000), [out], threads=32)
+    np.testing.assert_array_equal(out, np.repeat((120, 376), 16))
+    with pytest.raises(EmulatorError, match="different membermasks"):
+        run(body.format(-1, 0xFFFF0000), [out], threads=32)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_lanes_with_one_membermask_do_not_wait_for_those_with_another(seed):
+    """Of the upper lanes 24 to 31 come to the instruction only after lane 0 has passed it."""
+    body = """mov.b32 %r9, smem; setp.eq.u32 %p1, %t, 0; @%p1 st.shared.b32 [%r9], 0; bar.warp.sync -1;
+    setp.lt.u32 %p2, %t, 16; selp.b32 %r1, {lower}, {upper}, %p2; setp.lt.u32 %p3, %t, 24; @%p3 bra MEET;
+    SPIN: ld.shared.b32 %r3, [%r9]; setp.eq.u32 %p4, %r3, 0; @%p4 bra SPIN; MEET: {guard} bar.warp.sync %r1;
+    @%p1 st.shared.b32 [%r9], 1;"""
+    for guard in ("", "@!%p2"):
+        run(body.format(lower=0xFFFF, upper=0xFFFF0000, guard=guard), threads=32, seed=seed)
+    with pytest.raises(Livelock):
+        run(body.format(lower=-1, upper=-1, guard=""), threads=32, seed=seed, max_steps=2000)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_warp_collective_does_not_wait_for_lanes_that_exit(seed):
+    """PTX ISA 9.7.13.6: for all non-exited lanes of the mask; here the others exit while these already wait."""
+    out = np.zeros(32, np.uint32)
+    body = """setp.lt.u32 %p1, %t, 8; @!%p1 bra DONE; mov.b32 %r1, -1; redux.sync.add.u32 %r2, %t, %r1;
+    ld.param.b64 %d1, [p0]; mad.wide.u32 %d1, %t, 4, %d1; st.global.b32 [%d1], %r2; ret; DONE: mov.b32 %r1, 0;"""
+    run(body, [out], threads=32, seed=seed)
+    np.testing.assert_array_equal(out, np.where(LANE < 8, 28, 0))
+
+
 def test_warp_collectives_against_numpy():
     """PTX ISA 9.7.9.6 (shfl), 9.7.13.2-6 (vote, redux, elect)."""
     values = np.random.default_rng(0).integers(0, 1000, 64).astype(np.uint32)
@@ -302,7 +383,9 @@ def test_warp_collectives_against_numpy():
         "redux.sync.add.s32 %r2, %r1, -1;": np.repeat(warps.sum(1), 32),
         "redux.sync.max.u32 %r2, %r1, -1;": np.repeat(warps.max(1), 32),
         "elect.sync %r3|%p2, -1; selp.b32 %r2, 1, 0, %p2;": np.tile(lane == 0, 2),
-        "elect.sync %r2|%p2, 0xfffffff0;": np.full(64, 4),
+        "and.b32 %r3, %t, 28; setp.ne.u32 %p3, %r3, 0; mov.b32 %r2, 9; @%p3 elect.sync %r2|%p2, 0xfffffff0;": np.tile(
+            np.where(lane < 4, 9, 4), 2
+        ),
     }
     for op, want in cases.items():
         out = np.zeros(64, np.uint32)

@@ -113,21 +113,49 @@ def set_max_registers(i, program):
 # Warp collectives --------------------------------------------------------------------------------------------------
 
 
-def member_lanes(frame, operand) -> np.ndarray | None:
-    """A membermask as lane flags of the frame; None for all lanes."""
-    if isinstance(operand, Imm) and operand.value & 0xFFFFFFFF == 0xFFFFFFFF:
-        return None
-    masks = frame.read(operand, np.uint32)
-    lanes = np.tile(LANES, frame.hi - frame.lo).astype(np.uint32)
-    return (masks >> lanes & 1).astype(bool)
+def whole_warp(operand) -> bool:
+    return isinstance(operand, Imm) and operand.value & 0xFFFFFFFF == 0xFFFFFFFF
+
+
+def participants(frame, mask, operand) -> np.ndarray:
+    """For each lane, [warps, 32, 32], the active lanes that its membermask names."""
+    active = np.ones((frame.hi - frame.lo, 32), bool) if mask is None else mask.reshape(-1, 32)
+    if whole_warp(operand):
+        return np.broadcast_to(active[:, None, :], (len(active), 32, 32))
+    named = frame.read(operand, np.uint32).reshape(-1, 32, 1)
+    return (named >> LANES.astype(np.uint32) & 1).astype(bool) & active[:, None, :]
+
+
+def waiting_lanes(i, frame, mask, operand) -> np.ndarray:
+    """Which active lanes wait for others at a `.sync` instruction, by each lane's own membermask.
+
+    A lane waits for all that its mask names and that have not exited; those must give the same mask (PTX ISA 9.7.9.6,
+    9.7.13.2-6). So what the mask's register holds in lanes that have not come is not read, and lanes whose masks do
+    not overlap do not wait for each other. Raises `EmulatorError` where the masks contradict each other.
+    """
+    active = np.ones(frame.lanes, bool) if mask is None else mask
+    together, named = participants(frame, mask, operand), participants(frame, None, operand)
+    if not named.diagonal(axis1=1, axis2=2).reshape(-1)[active].all():
+        raise EmulatorError(f"line {i.line}: a lane executes with a membermask that does not name it")
+    masks = frame.read(operand, np.uint32).reshape(-1, 32)
+    if (together & (masks[:, :, None] != masks[:, None, :])).reshape(-1, 32)[active].any():
+        raise EmulatorError(f"line {i.line}: lanes that name each other give different membermasks")
+    alive = frame.cta.alive[frame.columns].reshape(-1, 1, 32)
+    return active & (named & alive & ~together).any(2).reshape(-1)
 
 
 def unconverged(i, frame, mask, operand):
-    """What a `.sync` instruction returns while lanes of its membermask are elsewhere, else None."""
-    member = None if operand is None else member_lanes(frame, operand)
-    if not frame.cta.missing_lanes(frame, mask, member):
+    """What a `.sync` instruction returns while it waits for lanes that are elsewhere, else None.
+
+    operand: the membermask; None: the whole warp, aligned.
+    """
+    if mask is None and (operand is None or whole_warp(operand)):
         return None
-    return machine_module().Blocked(None, f"waits for the other lanes of its warp (line {i.line})", False)
+    waiting = None if operand is None else waiting_lanes(i, frame, mask, operand)
+    if not (frame.cta.missing_lanes(frame, mask) if waiting is None else waiting.any()):
+        return None
+    why = f"waits for the other lanes of its warp (line {i.line})"
+    return machine_module().Blocked(None, why, False, lanes=waiting)
 
 
 @handles("bar.warp.sync")
@@ -142,9 +170,7 @@ def elect(i, program):
     def execute(frame, mask):
         if blocked := unconverged(i, frame, mask, i.operands[1]):
             return blocked
-        member = member_lanes(frame, i.operands[1])
-        eligible = frame.cta.alive[frame.columns].copy() if member is None else member & frame.cta.alive[frame.columns]
-        leader = np.repeat(eligible.reshape(-1, 32).argmax(1), 32)
+        leader = participants(frame, mask, i.operands[1]).argmax(2).reshape(-1)
         frame.write(destination.first, leader.astype(np.uint32), mask)
         frame.write(destination.second, np.tile(LANES, frame.hi - frame.lo) == leader, mask)
 
@@ -188,21 +214,17 @@ def vote(i, program):
     def execute(frame, mask):
         if blocked := unconverged(i, frame, mask, i.operands[2]):
             return blocked
-        member = member_lanes(frame, i.operands[2])
-        counted = frame.cta.alive[frame.columns] if member is None else member & frame.cta.alive[frame.columns]
-        if mask is not None:
-            counted = counted & mask
-        votes = (frame.read(i.operands[1]) & counted).reshape(-1, 32)
-        counted = counted.reshape(-1, 32)
+        together = participants(frame, mask, i.operands[2])
+        votes = together & frame.read(i.operands[1]).reshape(-1, 1, 32)
         if mode == "ballot":
-            value = (votes.astype(np.uint64) << LANES.astype(np.uint64)).sum(1).astype(np.uint32)
+            value = (votes.astype(np.uint64) << LANES.astype(np.uint64)).sum(2).astype(np.uint32)
         elif mode == "any":
-            value = votes.any(1)
+            value = votes.any(2)
         elif mode == "all":
-            value = (votes | ~counted).all(1)
+            value = (votes | ~together).all(2)
         else:  # uni
-            value = (votes | ~counted).all(1) | ~votes.any(1)
-        frame.write(i.operands[0], np.repeat(value, 32), mask)
+            value = (votes | ~together).all(2) | ~votes.any(2)
+        frame.write(i.operands[0], value.reshape(-1), mask)
 
     return execute
 
@@ -232,16 +254,14 @@ def reduce_warp(i, program):
     def execute(frame, mask):
         if blocked := unconverged(i, frame, mask, i.operands[2]):
             return blocked
-        member = member_lanes(frame, i.operands[2])
-        counted = np.ones(frame.lanes, bool) if member is None else member
-        if mask is not None:
-            counted = counted & mask
+        together = participants(frame, mask, i.operands[2]).reshape(-1, 32)
         values = frame.read(i.operands[1]).view(dtype).reshape(-1, 32)
-        out = np.zeros(len(values), dtype)
-        for w, lanes in enumerate(counted.reshape(-1, 32)):
-            if lanes.any():
-                out[w] = function.reduce(values[w][lanes])
-        frame.write(i.operands[0], np.repeat(out.view(np.uint32), 32), mask)
+        lanes = np.arange(frame.lanes)
+        first = together.argmax(1) + lanes // 32 * 32  # stands for all that name the same lanes
+        out = np.zeros(frame.lanes, dtype)
+        for lane in np.flatnonzero((first == lanes) & together.any(1)):
+            out[lane] = function.reduce(values[lane // 32][together[lane]])
+        frame.write(i.operands[0], out[first].view(np.uint32), mask)
 
     return execute
 
