@@ -36,6 +36,12 @@ def test_heads_of_a_group_share_a_tile_where_they_fill_a_warpgroups_rows(head_di
     assert kernels.items(kind, "sm_90a") == (config.positions, packed, 1, False)
 
 
+@pytest.mark.parametrize(("options", "turns"), [({}, True), ({"window_right": 0}, False), ({"window_left": 5}, False)])
+def test_warpgroups_of_head_dim_256_take_turns_where_items_are_even(options, turns):
+    config = config_for(kinds(256, **options))
+    assert (config.tile_n, config.turns) == (64, turns)
+
+
 def test_heads_that_do_not_fill_a_warpgroups_rows_are_refused():
     with pytest.raises(ValueError, match="packed heads have to divide a warpgroup's 64 rows"):
         Sm90Config(64, 64, tile_n=128, warpgroups=3, packed=3)
@@ -58,6 +64,7 @@ CODE = {
         varlen_kinds(256, 4, window_left=5, window_right=5, softcap=2.0),
         torch.float32,
     ),
+    "full-256": (kinds(256), None),
     "causal-192": (kinds(192, 128, window_right=0), None),
     # Three consumer warpgroups leave the scheduler 32 registers, and packed sequences and drawn items ask most of it.
     "varlen-window-used-sink-gqa-64": (varlen_kinds(64, 8, window_left=5, window_right=5), torch.float32),

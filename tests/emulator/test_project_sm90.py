@@ -39,6 +39,7 @@ FEATURES = {
     "varlen-used-left-96-sink": {
         "dtype": fp16, "head_dim": 96, "varlen": True, "window": (40, None), "used": True, "sink": "normal"
     },
+    "full-256": {"dtype": fp16, "head_dim": 256},
     "softcap-window-256": {"dtype": bf16, "head_dim": 256, "window": (70, 9), "softcap": 5.0},
     "causal-192": {"dtype": bf16, "head_dim": 192, "head_dim_v": 96, "causal": True},
     "window-sink-groups-of-8-64": {
