@@ -146,9 +146,11 @@ def _window(left: int | None, right: int | None, causal: bool) -> tuple[int, int
 
 
 def _options(
-    max_seqlen_q, max_seqlen_k, softmax_scale, softcap, causal, left, right, rescale_threshold, deterministic, backend
-) -> Options:
+    max_seqlen_q, max_seqlen_k, softmax_scale, softcap, causal, left, right, rescale_threshold, deterministic, backend,
+    return_lse,
+) -> Options:  # fmt: skip
     """The call's options, with every Python type checked; numbers are checked with the tensors' shapes."""
+    _bool("return_lse", return_lse)
     for name, hint in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if hint is not None and (isinstance(hint, bool) or not isinstance(hint, int)):
             raise TypeError(f"{name}: got {type(hint).__name__}, accepted are integers or None")
@@ -165,13 +167,13 @@ def _options(
 
 
 def _cache_options(
-    softmax_scale, softcap, causal, left, right, rotary_interleaved, num_splits, backend
+    softmax_scale, softcap, causal, left, right, rotary_interleaved, num_splits, backend, return_lse
 ) -> CacheOptions:
     """As `_options`, for `attention_with_kvcache`."""
     if isinstance(num_splits, bool) or not isinstance(num_splits, int):
         raise TypeError(f"num_splits: got {type(num_splits).__name__}, accepted are integers")
     interleaved = _bool("rotary_interleaved", rotary_interleaved)
-    scored = _options(None, None, softmax_scale, softcap, causal, left, right, None, False, backend)
+    scored = _options(None, None, softmax_scale, softcap, causal, left, right, None, False, backend, return_lse)
     return CacheOptions(
         scored.softmax_scale, scored.softcap, scored.window_left, scored.window_right, interleaved, num_splits, backend
     )
@@ -182,7 +184,7 @@ def _remembered(check: Callable[..., Checked]) -> Callable[..., Checked]:
     known = functools.lru_cache(maxsize=1024, typed=True)(check)  # by type, too: 1 is no True
 
     def checked(*args) -> Checked:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             try:  # contextlib.suppress would cost as much as the look-up
                 return known(*args)
             except TypeError:  # of the check, or of what has no hash
@@ -193,6 +195,11 @@ def _remembered(check: Callable[..., Checked]) -> Callable[..., Checked]:
 
 
 _checked_options, _checked_cache_options = _remembered(_options), _remembered(_cache_options)
+
+
+def _refuse_gradients_of_pages(tensors: tuple) -> None:
+    check_types(Inputs._fields, tensors, ("q", "k", "v"))
+    kvcache.refuse_gradients(Inputs._fields, tensors)
 
 
 def attention(
@@ -251,16 +258,15 @@ def attention(
 
     Source: Dao et al., "FlashAttention" (2022); Zadouri et al., "FlashAttention-4" (2026) for the skipped rescaling.
     """
-    return_lse = _bool("return_lse", return_lse)
-    inputs = Inputs(q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
+    tensors = (q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)  # as in `Inputs`
     if page_table is not None:
-        check_types(Inputs._fields, inputs, ("q", "k", "v"))
-        kvcache.refuse_gradients(Inputs._fields, inputs)
+        _refuse_gradients_of_pages(tensors)
+    left, right = _pair(window)
     options = _checked_options(
-        max_seqlen_q, max_seqlen_k, softmax_scale, softcap, causal, *_pair(window), rescale_threshold, deterministic,
-        backend,
+        max_seqlen_q, max_seqlen_k, softmax_scale, softcap, causal, left, right, rescale_threshold, deterministic,
+        backend, return_lse,
     )  # fmt: skip
-    out, lse = ops.attention(inputs, options)
+    out, lse = ops.attention(tensors, options)
     return (out, lse) if return_lse else out
 
 
@@ -323,7 +329,6 @@ def attention_with_kvcache(
 
     Source: the interface is that of flash-attn's `flash_attn_with_kvcache`.
     """
-    return_lse = _bool("return_lse", return_lse)
     length = lengths = None
     if isinstance(cache_seqlens, Tensor):
         lengths = cache_seqlens
@@ -335,8 +340,9 @@ def attention_with_kvcache(
         q, k_cache, v_cache, k, v, lengths, page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin,
         k_descale, v_descale, sink,
     )  # fmt: skip
+    left, right = _pair(window)
     options = _checked_cache_options(
-        softmax_scale, softcap, causal, *_pair(window), rotary_interleaved, num_splits, backend
+        softmax_scale, softcap, causal, left, right, rotary_interleaved, num_splits, backend, return_lse
     )
     out, lse = kvcache.attend(inputs, out, length, options, return_lse)
     return out if lse is None else (out, lse)
@@ -380,9 +386,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options) -> Choice:
     inputs = Inputs(*[rest.pop(name) for name in Inputs._fields])
     check_types(Inputs._fields, inputs, ("q", "k", "v"))
     if inputs.page_table is not None:
-        kvcache.refuse_gradients(Inputs._fields, inputs)
+        _refuse_gradients_of_pages(inputs)
     inputs = ops.autocast(inputs)
-    _bool("return_lse", rest.pop("return_lse"))
     left, right = _pair(rest.pop("window"))
     checked = _options(**rest, left=left, right=right)
     problem = check_signature(signature_of(inputs), checked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -55,6 +56,13 @@ class Backend(ABC):
     @abstractmethod
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Returns out (q's shape with head_dim_v, the input dtype) and lse (float32, natural log)."""
+
+    def prepare(self, problem: Problem, inputs: Inputs) -> Callable[[tuple], tuple[Tensor, Tensor]]:
+        """`forward` of a plain tuple of `Inputs`' fields, for calls that share the problem and their inputs' dtypes.
+
+        inputs: the first call's. What this returns is kept and called by later ones, so it must keep none of them.
+        """
+        return lambda tensors: self.forward(problem, Inputs(*tensors))
 
     @abstractmethod
     def backward(

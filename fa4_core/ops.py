@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,8 +68,8 @@ _choose: Chooser = _no_chooser
 
 def set_chooser(choose: Chooser) -> None:
     """Sets the function that turns (kinds, device, requested name) into the backend that runs; `dispatch` owns it."""
-    global _choose
-    _choose = choose
+    global _choose, _last
+    _choose, _last = choose, _NO_CALL
     _call_of.cache_clear()
 
 
@@ -95,7 +95,7 @@ def overload_for(operator: torch._ops.OpOverloadPacket, values: Tensor | None) -
     return operator.default if values is None else operator.scored
 
 
-def _operator_arguments(inputs: Inputs, options: Options) -> tuple[Any, ...]:
+def _operator_arguments(inputs: tuple, options: Options) -> tuple[Any, ...]:
     """What the operator takes for a call."""
     max_seqlen_q, max_seqlen_k, scale, softcap, left, right, threshold, deterministic, backend = options
     values = pack_values(scale, softcap, threshold)
@@ -121,18 +121,27 @@ def _pad_head_dim(tensor: Tensor, multiple: int) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-class _Call(NamedTuple):
-    """What calls of one signature share.
+@dataclass(slots=True, eq=False)
+class _Call:
+    """What calls of equal signatures and options share.
 
     cuda_index: of the device, None elsewhere. indexed: as `Kinds.indexed`. as_is: whether the backend takes the tensors
-    as they lie.
+    as they lie; then the first call leaves in `run` what the backend has prepared for the others.
     """
 
     problem: Problem
     backend: Backend
+    options: Options
     cuda_index: int | None
     indexed: bool
     as_is: bool
+    run: Callable[[tuple], tuple[Tensor, Tensor]] | None = None
+
+
+_NO_CALL = (None, None, None)
+_last: tuple[Signature | None, Options | None, _Call | None] = _NO_CALL
+"""What the last plain call had, and got from `_call_of`: most calls are like the one before them, and to compare them
+takes half the time of a look-up. Always replaced as a whole, since threads share it."""
 
 
 def backend_of(problem: Problem, name: str) -> Backend:
@@ -156,7 +165,7 @@ def _call_of(signature: Signature, options: Options) -> _Call | None:
     rows_packed = all(stride[-1] == 1 for stride in problem.strides)
     others_packed = all(meta is None or is_contiguous(*meta[:2]) for meta in signature[3:])
     index = device.index if device.type == "cuda" else None
-    return _Call(problem, backend, index, kinds.indexed, fits and rows_packed and others_packed)
+    return _Call(problem, backend, options, index, kinds.indexed, fits and rows_packed and others_packed)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -174,30 +183,35 @@ def _fitted(call: _Call, inputs: Inputs) -> tuple[Problem, Inputs]:
     return problem, Inputs(q, k, v, *[t if t is None else t.contiguous() for t in inputs[3:]])
 
 
-def _forward(call: _Call, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    problem, backend, index, indexed, as_is = call
+def _forward(call: _Call, tensors: tuple) -> tuple[Tensor, Tensor]:
+    """tensors: the fields of `Inputs`; to make one takes time that most calls need not spend."""
+    index = call.cuda_index
     if index is not None and torch._C._cuda_getDevice() != index:
         with torch.cuda.device(index):
-            return _forward(call, inputs)
-    if indexed:
-        check_contents(problem, inputs)
-    if as_is:
-        return backend.forward(problem, inputs)
-    fitted, padded = _fitted(call, inputs)
-    out, lse = backend.forward(fitted, padded)
-    if fitted.kinds is not problem.kinds:
-        out = out[..., : problem.kinds.head_dim_v].contiguous()
+            return _forward(call, tensors)
+    if call.indexed:
+        check_contents(call.problem, Inputs(*tensors))
+    if call.as_is:
+        run = call.run
+        if run is None:
+            run = call.run = call.backend.prepare(call.problem, Inputs(*tensors))
+        return run(tensors)
+    problem, inputs = _fitted(call, Inputs(*tensors))
+    out, lse = call.backend.forward(problem, inputs)
+    kinds = call.problem.kinds
+    if problem.kinds is not kinds:
+        out = out[..., : kinds.head_dim_v].contiguous()
     return out, lse
 
 
 def _backward(
     call: _Call, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None
 ) -> Gradients:
-    problem, backend, index, _, as_is = call
+    problem, backend, index = call.problem, call.backend, call.cuda_index
     if index is not None and torch._C._cuda_getDevice() != index:
         with torch.cuda.device(index):
             return _backward(call, inputs, out, lse, dout, dlse)
-    fitted, padded = (problem, inputs) if as_is else _fitted(call, inputs)
+    fitted, padded = (problem, inputs) if call.as_is else _fitted(call, inputs)
     dout = torch.zeros_like(out) if dout is None else dout
     dout, out = (_pad_head_dim(t, backend.head_dim_multiple) for t in (dout, out))
     grads = backend.backward(fitted, padded, out, lse, dout, dlse)
@@ -275,18 +289,18 @@ class _PlainAttention(torch.autograd.Function):
     """`_Attention` for a plain call, without the operator's arguments."""
 
     @staticmethod
-    def forward(ctx, call, inputs, options, *differentiable):
-        out, lse = _forward(call, inputs)
+    def forward(ctx, call, tensors, *differentiable):
+        out, lse = _forward(call, tensors)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out, lse, *inputs)
-        ctx.options = options
+        ctx.save_for_backward(out, lse, *tensors)
+        ctx.options = call.options
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):  # type: ignore[override]
         out, lse, *tensors = ctx.saved_tensors
         grads = _gradients(dout, dlse, out, lse, _operator_arguments(Inputs(*tensors), ctx.options))
-        return None, None, None, *grads
+        return None, None, *grads
 
 
 def _gradients(dout, dlse, out, lse, args):
@@ -320,14 +334,9 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("attention: its gradients cannot be differentiated again")
 
 
-def _needs_grad(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *_) -> bool:
-    return torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or (sink is not None and sink.requires_grad)
-    )
-
-
 def _differentiable(*args):
-    return _Attention.apply(*args) if _needs_grad(*args) else _below_autograd(*args)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
+    return _Attention.apply(*args) if recorded else _below_autograd(*args)
 
 
 def _below_autograd(*args):
@@ -338,6 +347,11 @@ def _below_autograd(*args):
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+# Bound once: every call asks them.
+_count_modes = torch._C._len_torch_dispatch_stack
+_has_function_mode = torch._C._is_torch_function_mode_enabled
+_top_transform = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
+_has_autocast = torch._C._is_any_autocast_enabled
 
 
 def plain_signature(tensors: Iterable[Tensor | None]) -> Signature | None:
@@ -347,11 +361,11 @@ def plain_signature(tensors: Iterable[Tensor | None]) -> Signature | None:
     For the rest the dispatcher would only come back here, at some 10 microseconds a visit. Every call comes by here.
     """
     if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() != 0
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-        or torch._C._is_any_autocast_enabled()
+        torch.compiler.is_dynamo_compiling()
+        or _count_modes()
+        or _has_function_mode()
+        or _top_transform() is not None
+        or _has_autocast()
     ):
         return None
     signature = []
@@ -371,21 +385,30 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return signature is not None and all(meta is None or meta[3].type in DEVICE_TYPES for meta in signature)
 
 
-def attention(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+def attention(tensors: tuple, options: Options) -> tuple[Tensor, Tensor]:
     """`torch.ops.fa4.attention`, called without the dispatcher where only autograd would take part.
+
+    tensors: the fields of `Inputs`, unchecked.
 
     Raises:
         TypeError: one of the inputs is no tensor; for the rest see `dispatch.attention`.
     """
-    signature = plain_signature(inputs)
-    call = None if signature is None else _call_of(signature, options)
+    global _last
+    signature, call = plain_signature(tensors), None
+    if signature is not None:
+        last_signature, last_options, call = _last
+        if options is not last_options or signature != last_signature:
+            call = _call_of(signature, options)
+            _last = signature, options, call
     if call is None:
-        check_types(Inputs._fields, inputs, ("q", "k", "v"))
-        args = _operator_arguments(inputs, options)
+        check_types(Inputs._fields, tensors, ("q", "k", "v"))
+        args = _operator_arguments(tensors, options)
         return overload_for(torch.ops.fa4.attention, args[_VALUES_AT])(*args)
-    if _needs_grad(*inputs):
-        return _PlainAttention.apply(call, inputs, options, *inputs[:4])
-    return _forward(call, inputs)
+    if torch.is_grad_enabled():
+        q, k, v, sink = tensors[:4]
+        if q.requires_grad or k.requires_grad or v.requires_grad or (sink is not None and sink.requires_grad):
+            return _PlainAttention.apply(call, tensors, q, k, v, sink)
+    return _forward(call, tensors)
 
 
 def autocast(inputs: Inputs) -> Inputs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -53,6 +54,9 @@ class CuteBackend(Backend):
 
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         return self._launch.forward(problem, inputs)
+
+    def prepare(self, problem: Problem, inputs: Inputs) -> Callable[[tuple], tuple[Tensor, Tensor]]:
+        return self._launch.prepare(problem, inputs)
 
     @functools.cached_property
     def _launch(self) -> ModuleType:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +23,9 @@ COUNTED = 2**30
 """Rows and work items that kernels can number: sums of two stay within 32 bits."""
 LOG2_E = math.log2(math.e)
 
+Run = Callable[..., tuple[Tensor, Tensor]]
+"""`forward` with its problem prepared: of a tuple of `Inputs`' fields, and of counts where they are wanted."""
+
 
 def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns out and lse; arguments and results as in `Backend.forward`.
@@ -31,20 +33,38 @@ def forward(problem: Problem, inputs: Inputs, counts: Tensor | None = None) -> t
     counts: for tests, an int32 tensor of lse's shape and a last dimension of 2, which receives for each row that takes
     part and sees a key the key tiles visited and the rescales skipped.
     """
-    q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, _ = inputs
-    if sink is not None and sink.dtype == torch.float64:  # which no kernel reads
-        sink = sink.float()
-    ready = _prepared(problem, None if sink is None else sink.dtype, counts is not None)
-    out, lse = ready.out(), ready.lse()
-    if ready.kernel is None:
-        return out.zero_(), _unseen(lse, problem, inputs)
-    if ready.copies or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT:
-        q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    counter = _counter(problem.device) if ready.draws else None
-    ready.kernel(
-        q, k, v, out, lse, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *ready.numbers, counter, counts
-    )
-    return out, lse
+    return prepare(problem, inputs, counts is not None)(inputs, counts)
+
+
+def prepare(problem: Problem, inputs: Inputs, counted: bool = False) -> Run:
+    """As `Backend.prepare`. counted: whether calls bring counts."""
+    return _prepared(problem, None if inputs.sink is None else inputs.sink.dtype, counted)
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepared(problem: Problem, sink_dtype: torch.dtype | None, counted: bool) -> Run:
+    kinds, device = problem.kinds, problem.device
+    make_out = allocator(problem.out_shape, kinds.dtype, device)
+    make_lse = allocator(problem.lse_shape, torch.float32, device)
+    if not problem.total_q or not problem.total_k:
+        return lambda tensors, counts=None: (make_out().zero_(), _unseen(make_lse(), problem, Inputs(*tensors)))
+    wide_sink = sink_dtype == torch.float64  # which no kernel reads
+    kernel = _kernel(kinds, torch.float32 if wide_sink else sink_dtype, counted, device)
+    numbers, draws = _numbers(problem), kernels.drawn(kinds)
+    copies = not all(_has_aligned_rows(stride, kinds.dtype.itemsize) for stride in problem.strides)
+
+    def run(tensors: tuple, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, _ = tensors
+        if wide_sink:
+            sink = sink.float()
+        if copies or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT:
+            q, k, v = _aligned(q), _aligned(k), _aligned(v)
+        out, lse = make_out(), make_lse()
+        counter = _counter(device) if draws else None
+        kernel(q, k, v, out, lse, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *numbers, counter, counts)
+        return out, lse
+
+    return run
 
 
 def _unseen(lse: Tensor, problem: Problem, inputs: Inputs) -> Tensor:
@@ -74,37 +94,6 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 def _has_aligned_rows(strides: tuple[int, ...], itemsize: int) -> bool:
     return all(stride > 0 and stride * itemsize % ALIGNMENT == 0 for stride in strides[:-1])
-
-
-class _Prepared(NamedTuple):
-    """What calls of one signature share.
-
-    kernel: None where there is nothing to compute. draws: whether blocks draw their work from a counter. copies:
-    whether the strides of q, k or v are none that TMA reads. out, lse: make the results.
-    """
-
-    kernel: Callable[..., None] | None
-    numbers: tuple[float | int | None, ...]
-    draws: bool
-    copies: bool
-    out: Callable[[], Tensor]
-    lse: Callable[[], Tensor]
-
-
-@functools.lru_cache(maxsize=4096)
-def _prepared(problem: Problem, sink_dtype: torch.dtype | None, counted: bool) -> _Prepared:
-    kinds, device = problem.kinds, problem.device
-    kernel, numbers = None, ()
-    if problem.total_q and problem.total_k:
-        kernel, numbers = _kernel(kinds, sink_dtype, counted, device), _numbers(problem)
-    return _Prepared(
-        kernel,
-        numbers,
-        kernels.drawn(kinds),
-        not all(_has_aligned_rows(stride, kinds.dtype.itemsize) for stride in problem.strides),
-        allocator(problem.out_shape, kinds.dtype, device),
-        allocator(problem.lse_shape, torch.float32, device),
-    )
 
 
 def _numbers(problem: Problem) -> tuple[float | int | None, ...]:
@@ -155,9 +144,10 @@ def _counter(device: torch.device) -> Tensor:
     A launch leaves it as it found it, and launches on one stream follow one another, so a stream has one. A CUDA graph
     gets one of its own, since it may run on any stream beside others.
     """
-    if torch._C._cuda_isCurrentStreamCapturing():
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    if stream and torch._C._cuda_isCurrentStreamCapturing():  # PyTorch refuses to capture the default stream
         return torch.zeros(2, dtype=torch.int32, device=device)
-    return _stream_counter(device, torch._C._cuda_getCurrentRawStream(device.index))
+    return _stream_counter(device, stream)
 
 
 @functools.lru_cache(maxsize=256)

@@ -116,6 +116,26 @@ def test_a_graph_keeps_its_own_counter():
     assert torch.equal(captured, want)
 
 
+@needs_dsl
+@pytest.mark.parametrize("capturing", [False, True])
+def test_which_counter_a_stream_gets(monkeypatch, capturing):
+    """The stream's own, always zeros between launches; a capture, never on the default stream, gets a new one."""
+    from fa4_cute import launch
+
+    stream = 0
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: stream, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: capturing and stream != 0, raising=False)
+    launch._stream_counter.cache_clear()
+    device, found = torch.device("cpu"), {}
+    for stream in (0, 7):
+        found[stream] = launch._counter(device), launch._counter(device)
+        assert all(counter.tolist() == [0, 0] for counter in found[stream])
+    launch._stream_counter.cache_clear()
+    assert found[0][0] is found[0][1]
+    assert (found[7][0] is found[7][1]) == (not capturing)
+    assert found[7][0] is not found[0][0]
+
+
 @pytest.mark.parametrize(("capability", "arch"), [((9, 0), "sm_90a"), ((10, 0), "sm_100a"), ((10, 3), "sm_103a")])
 def test_every_served_capability_has_a_kernel(monkeypatch, capability, arch):
     """Capabilities are faked: no Blackwell GPU is at hand."""

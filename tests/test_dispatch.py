@@ -120,6 +120,25 @@ def test_an_error_inside_a_backend_is_not_a_reason_to_try_another(picky, monkeyp
         attention(Q, Q, Q)
 
 
+def test_a_backend_prepares_calls_of_one_signature_once(picky, monkeypatch):
+    """Then a call goes straight to what was prepared; one of another shape, or with other options, has its own."""
+    prepared = []
+
+    def prepare(problem, inputs):
+        prepared.append(problem)
+        return lambda tensors: (tensors[0] + len(prepared), None)
+
+    monkeypatch.setattr(picky, "prepare", prepare)
+    for _ in range(3):
+        assert (attention(Q, Q, Q) == 1).all()
+        with torch.no_grad():
+            assert (attention(Q.clone(), Q, Q) == 1).all()
+    attention(Q, Q, Q, causal=True)
+    attention(Q[:, :3], Q[:, :3], Q[:, :3])
+    assert len(prepared) == 3
+    assert not picky.calls
+
+
 def test_padding_to_a_backends_multiple_changes_no_result(picky):
     """head_dim 13 and head_dim_v 5 become 16 and 8 there; scale, results and gradients are those of 13 and 5."""
     random = torch.Generator().manual_seed(0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 
 import numpy as np
 import pytest
 import torch
 from caches import step_inputs
+from host_threads import at_once
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dispatch import attention, attention_with_kvcache
@@ -120,6 +122,28 @@ def test_steps_that_differ_in_their_strides_alone(target):
     assert all(map(torch.equal, step(q, new, spread), want))
     assert all(map(torch.equal, step(q, new, seqlens, roomy), want))
     assert all(map(torch.equal, step(q, new, seqlens), want))
+
+
+def test_calls_that_take_turns_with_others():
+    """What the last call has prepared is at hand; taken for a call unlike it, it would give another mask or shape."""
+    short, long = dense(), dense(seqlen=13)
+    calls = [(short, {}), (short, {"causal": True}), (long, {"causal": True}), (long, {"window": (2, 0)})]
+    want = [attention(*tensors, **options) for tensors, options in calls]
+    for first, second in itertools.permutations(range(len(calls)), 2):
+        for i in (first, second, second, first):
+            tensors, options = calls[i]
+            assert torch.equal(attention(*tensors, **options), want[i])
+
+
+def test_threads_whose_calls_differ():
+    calls = [(dense(seqlen=n), {"causal": causal}) for n in (3, 12) for causal in (False, True)]
+    want = [attention(*tensors, **options) for tensors, options in calls]
+
+    def repeated(i):
+        tensors, options = calls[i]
+        return lambda: all(torch.equal(attention(*tensors, **options), want[i]) for _ in range(200))
+
+    assert all(at_once([repeated(i) for i in range(len(calls))]))
 
 
 def test_no_tensor_is_kept():
