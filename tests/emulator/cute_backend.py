@@ -108,6 +108,7 @@ def emulated_cute(
     Replaced are only the questions which device this is and the compiled kernel itself; the rest as `forward` has it.
     """
     import fa4_cute
+    from fa4_core import ops
     from fa4_cute import kernels, launch
 
     counters: list[Tensor] = []
@@ -136,6 +137,8 @@ def emulated_cute(
         (kernels, "config"): (lambda kinds, arch: config) if config else kernels.config,
         (launch, "_kernel"): compiled,
         (launch, "_prepared"): launch._prepared.__wrapped__,
+        (ops, "_call_of"): ops._call_of.__wrapped__,
+        (ops, "_last"): ops._NO_CALL,
         (launch, "_counter"): counter,
         (torch.cuda, "get_device_properties"): lambda device: SimpleNamespace(multi_processor_count=programs),
     }
