@@ -1,7 +1,7 @@
 """Tiles of the kernels for KV caches, by element sizes, head dimension and shared memory.
 
-Measured on an H100 (docs/performance.md): three stages of 64 keys in each of two programs on a multiprocessor keep
-enough bytes on their way. Elsewhere the tile is what fits into the shared memory in the same way.
+Measured on an H100 (docs/performance.md): two stages of 64 keys, 64 KiB, in each of two programs on a multiprocessor
+keep enough bytes on their way. Elsewhere the tile is what fits into the shared memory in the same way.
 """
 
 from __future__ import annotations

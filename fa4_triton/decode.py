@@ -1,10 +1,11 @@
 """The decode kernel: few query rows on long KV caches, contiguous or paged, split over the keys.
 
 A fixed number of programs shares the work, which they lay out themselves from the lengths on the device: a grid made
-for the capacity would spend its time on empty blocks. All tiles of keys, of all sequences and KV heads, stand in one
-row, cut into equal shares; one loop walks a share's tiles without a break, so that the next tile is on its way from
-memory while one sequence ends and another begins. The walk is computed twice, ahead for the loads and behind for the
-arithmetic.
+for the capacity would spend its time on empty blocks. As many programs as there are KV heads form a team, one for each
+head, and read the same keys at the same time, since the heads of a key lie side by side in memory. The tiles of keys of
+all sequences stand in one row, cut into equal shares, one a team; one loop walks a share's tiles without a break, so
+that the next tile is on its way from memory while one sequence ends and another begins. The walk is computed twice,
+ahead for the loads and behind for the arithmetic.
 
 A share begins and ends where a chunk does, and where chunks begin depends on nothing but the sequence's own length.
 Each chunk has a softmax of its own, folded into the sequence's in order: in registers where one program has all that
@@ -26,9 +27,9 @@ from fa4_triton.steps import LN_2, LOG2_E, Statistics, Strided, Values, block_of
 
 
 @triton.constexpr_function
-def merge_step(dim_v, rows):
-    """Parts that are read at once in a merge: few, since its code is run once, out of a cold instruction cache."""
-    return max(1, min(4, 8192 // (dim_v * rows)))
+def merge_step(dim_v):
+    """Parts that are read at once in a merge, for all that fits into registers waits for memory but once."""
+    return max(1, min(16, 8192 // (dim_v * MERGED)))
 
 
 class Rows(NamedTuple):
@@ -58,6 +59,9 @@ class Rows(NamedTuple):
 MOST_CHUNKS = 32
 """Chunks that a sequence has by default at most; see `keys_of`."""
 HELD = tl.constexpr(2**16)
+"""Unit of `Splits.arrivals`."""
+MERGED = tl.constexpr(4)
+"""Query rows that are merged at once."""
 
 
 class Splits(NamedTuple):
@@ -121,33 +125,45 @@ def keys_of(rows, values, splits, i, TILE_N: tl.constexpr):
 
 
 @triton.jit
-def next_chunk(keys, before, at, heads_kv):
+def next_chunk(keys, before, at):
     """The first chunk that begins at tile `at` or later, in a sequence whose tiles begin at `before` or in the next.
 
-    Returns (sequences passed, pair, tile in it, its place among all tiles).
+    Returns (sequences passed, tile in it, its place among all tiles).
     """
-    inside = (at - before).to(tl.int32)
-    pair = inside // keys.tiles
-    tile = (inside - pair * keys.tiles + keys.chunk - 1) // keys.chunk * keys.chunk
-    over = tile >= keys.tiles
-    pair = tl.where(over, pair + 1, pair)
-    tile = tl.where(over, 0, tile)
-    place = before + pair.to(tl.int64) * keys.tiles + tile
-    passed = (pair == heads_kv).to(tl.int32)
-    return passed, tl.where(passed == 1, 0, pair), tile, place
+    tile = ((at - before).to(tl.int32) + keys.chunk - 1) // keys.chunk * keys.chunk
+    passed = (tile >= keys.tiles).to(tl.int32)
+    place = before + tl.minimum(tile, keys.tiles)
+    return passed, tl.where(passed == 1, 0, tile), place
 
 
 @triton.jit
-def find_share(rows, values, splits, heads_kv, TILE_N: tl.constexpr):
-    """This program's share: (sequence, pair, tile in it, number of tiles)."""
+def find_share(rows, values, splits, team, teams, TILE_N: tl.constexpr):
+    """The share of a team: (sequence, tile in it, number of tiles).
+
+    It begins with the first chunk at the team's place among all tiles or later. Where sequences are alike, and enough
+    to give every team some, a share is a number of whole ones, so that nothing is merged.
+    """
     STEP: tl.constexpr = 128
     total = tl.zeros([], tl.int64)
+    most = 0
     for start in range(0, rows.batch, STEP):
         i = start + tl.arange(0, STEP)
-        cost = keys_of(rows, values, splits, i, TILE_N).tiles.to(tl.int64) * heads_kv
-        total += tl.sum(tl.where(i < rows.batch, cost, 0), 0)
-    first = total * tl.program_id(0) // tl.num_programs(0)
-    last = total * (tl.program_id(0) + 1) // tl.num_programs(0)
+        tiles = tl.where(i < rows.batch, keys_of(rows, values, splits, i, TILE_N).tiles, 0)
+        total += tl.sum(tiles.to(tl.int64), 0)
+        most = tl.maximum(most, tl.max(tiles, 0))
+    # Whole sequences, `each` for every team that takes some: where that leaves few teams idle, and the longest share
+    # is within 5 % of the mean.
+    each = (rows.batch + teams - 1) // teams
+    taking = (rows.batch + each - 1) // each
+    alike = tl.cast(each * taking, tl.int64) * most * 20 <= total * 21
+    whole = alike & (taking * 16 >= teams * 15)
+    size = total // teams
+    rest = (total - size * teams).to(tl.int32)
+    first = size * team + tl.minimum(team, rest)
+    last = first + size + (team < rest)
+    if whole:
+        first = tl.cast(tl.minimum(team * each, rows.batch), tl.int64)
+        last = tl.minimum(first + each, rows.batch)
     first_sequence = 0
     last_sequence = 0
     before_first = tl.zeros([], tl.int64)
@@ -155,21 +171,24 @@ def find_share(rows, values, splits, heads_kv, TILE_N: tl.constexpr):
     counted = tl.zeros([], tl.int64)
     for start in range(0, rows.batch, STEP):
         i = start + tl.arange(0, STEP)
-        cost = keys_of(rows, values, splits, i, TILE_N).tiles.to(tl.int64) * heads_kv
-        cost = tl.where(i < rows.batch, cost, 0)
-        ends = counted + tl.cumsum(cost, 0)
+        tiles = tl.where(i < rows.batch, keys_of(rows, values, splits, i, TILE_N).tiles, 0).to(tl.int64)
+        ends = counted + tl.cumsum(tiles, 0)
+        counted += tl.sum(tiles, 0)
+        ends = tl.where(whole, (i + 1).to(tl.int64), ends)
         passed = (ends <= first) & (i < rows.batch)
         first_sequence += tl.sum(passed.to(tl.int32), 0)
-        before_first = tl.maximum(before_first, tl.max(tl.where(passed, ends, 0), 0))
+        before_first += tl.sum(tl.where(passed, tiles, 0), 0)
         passed = (ends <= last) & (i < rows.batch)
         last_sequence += tl.sum(passed.to(tl.int32), 0)
-        before_last = tl.maximum(before_last, tl.max(tl.where(passed, ends, 0), 0))
-        counted += tl.sum(cost, 0)
+        before_last += tl.sum(tl.where(passed, tiles, 0), 0)
+    if whole:
+        first = before_first
+        last = before_last
     keys = keys_of(rows, values, splits, last_sequence, TILE_N)
-    _, _, _, end = next_chunk(keys, before_last, last, heads_kv)
+    _, _, end = next_chunk(keys, before_last, last)
     keys = keys_of(rows, values, splits, first_sequence, TILE_N)
-    passed, pair, tile, begin = next_chunk(keys, before_first, first, heads_kv)
-    return first_sequence + passed, pair, tile, (end - begin).to(tl.int32)
+    passed, tile, begin = next_chunk(keys, before_first, first)
+    return first_sequence + passed, tile, (end - begin).to(tl.int32)
 
 
 @triton.jit
@@ -298,15 +317,14 @@ def store_part(splits, pairs, pair, slot, row, n_rows, state, DIM_V: tl.constexp
 
 
 @triton.jit
-def merge_parts(splits, pairs, pair, held, chunks, row, n_rows, DIM_V: tl.constexpr, DV: tl.constexpr,
-                ROWS: tl.constexpr):  # fmt: skip
-    """The state over a pair's chunks, folded in their order; the first part holds `held` of them."""
+def merge_parts(splits, pairs, pair, held, chunks, row, n_rows, DIM_V: tl.constexpr, DV: tl.constexpr):
+    """The state of MERGED rows over a pair's chunks, folded in their order; the first part holds `held` of them."""
     state = (
-        tl.zeros([DV, ROWS], tl.float32),
-        tl.full([ROWS], float("-inf"), tl.float32),
-        tl.zeros([ROWS], tl.float32),
+        tl.zeros([DV, MERGED], tl.float32),
+        tl.full([MERGED], float("-inf"), tl.float32),
+        tl.zeros([MERGED], tl.float32),
     )
-    STEP: tl.constexpr = merge_step(DV, ROWS)
+    STEP: tl.constexpr = merge_step(DV)
     # Part 0, and then the chunks that it does not hold.
     for at in range(held - 1, chunks, STEP):
         for j in tl.static_range(STEP):
@@ -385,7 +403,9 @@ def attention_decode(
     D: tl.constexpr = block_of(DIM)
     DV: tl.constexpr = block_of(DIM_V)
     FP8: tl.constexpr = k.ptr.dtype.element_ty == tl.uint8
-    sequence, pair, tile, n_tiles = find_share(rows, values, splits, heads_kv, TILE_N)
+    head_kv = tl.program_id(0) % heads_kv
+    teams = tl.num_programs(0) // heads_kv
+    sequence, tile, n_tiles = find_share(rows, values, splits, tl.program_id(0) // heads_kv, teams, TILE_N)
     keys = keys_of(rows, values, splits, sequence, TILE_N)
     row = tl.arange(0, ROWS)
     row_q = row // GROUP
@@ -397,7 +417,7 @@ def attention_decode(
     q_mask = used[:, None] & (column < DIM)[None, :]
 
     # What the loads are at, one stage or more ahead of the arithmetic.
-    load_sequence, load_pair, load_tile, load_keys = sequence, pair, tile, keys
+    load_sequence, load_tile, load_keys = sequence, tile, keys
     if PAGE == 0:
         block = block_number(rows, sequence)
     else:
@@ -405,9 +425,9 @@ def attention_decode(
         block = page_numbers(rows, sequence, keys.pad, keys.length, first, PAGE, TILE_N)
     # Whether an earlier program has the sequence's first chunks, and so its place among the parts.
     inherited = tile > 0
-    first_sequence, first_pair, first_tile, first_chunk = sequence, pair, tile, keys.chunk
+    first_sequence, first_tile, first_chunk = sequence, tile, keys.chunk
     first_tiles = keys.tiles
-    scale_k = descale_of(k, k_descale, tl.minimum(sequence, rows.batch - 1), pair)
+    scale_k = descale_of(k, k_descale, tl.minimum(sequence, rows.batch - 1), head_kv)
     nothing = (
         tl.zeros([DV, ROWS], tl.float32),
         tl.full([ROWS], float("-inf"), tl.float32),
@@ -419,22 +439,19 @@ def attention_decode(
         first = (load_keys.begin + load_tile) * TILE_N
         valid = first + tl.arange(0, TILE_N) < load_keys.length
         # Read for each tile anew, out of L2, and so in flight with the keys when the sequence changes.
-        base = q.ptr + load_sequence.to(tl.int64) * q.stride_b + load_pair.to(tl.int64) * (GROUP * q.stride_h)
+        base = q.ptr + load_sequence.to(tl.int64) * q.stride_b + head_kv.to(tl.int64) * (GROUP * q.stride_h)
         q_tile = tl.load(base + q_rows, mask=q_mask, other=0.0)
         k_rows = cache_rows(k, rows, block, load_keys.pad, first, PAGE, TILE_N)
-        k_tile = load_cache(k, load_pair, k_rows, valid, q_tile.dtype, DIM, D)
+        k_tile = load_cache(k, head_kv, k_rows, valid, q_tile.dtype, DIM, D)
         v_rows = cache_rows(v, rows, block, load_keys.pad, first, PAGE, TILE_N)
-        v_tile = load_cache(v, load_pair, v_rows, valid, q_tile.dtype, DIM_V, DV)
+        v_tile = load_cache(v, head_kv, v_rows, valid, q_tile.dtype, DIM_V, DV)
         load_tile += 1
         if load_tile == load_keys.tiles:
             load_tile = 0
-            load_pair += 1
-            if load_pair == heads_kv:
-                load_pair = 0
-                load_sequence += 1
-                load_keys = keys_of(rows, values, splits, load_sequence, TILE_N)
-                if PAGE == 0:
-                    block = block_number(rows, load_sequence)
+            load_sequence += 1
+            load_keys = keys_of(rows, values, splits, load_sequence, TILE_N)
+            if PAGE == 0:
+                block = block_number(rows, load_sequence)
         if PAGE != 0:
             first = (load_keys.begin + load_tile) * TILE_N
             block = page_numbers(rows, load_sequence, load_keys.pad, load_keys.length, first, PAGE, TILE_N)
@@ -446,37 +463,34 @@ def attention_decode(
             part = (state[0], state[1], tl.sum(state[2], 0))
             if inherited:
                 slot = (tile - 1) // keys.chunk
-                number = sequence.to(tl.int64) * heads_kv + pair
+                number = sequence.to(tl.int64) * heads_kv + head_kv
                 store_part(splits, pairs, number, slot, row, n_rows, part, DIM_V, DV)
             else:
                 whole = fold_chunk(whole, part)
             state = (nothing[0], nothing[1], tl.zeros([TILE_N, ROWS], tl.float32))
             if tile == keys.tiles:
                 if not inherited:
-                    head = pair * GROUP + row % GROUP
-                    scale_v = descale_of(v, v_descale, sequence, pair)
+                    head = head_kv * GROUP + row % GROUP
+                    scale_v = descale_of(v, v_descale, sequence, head_kv)
                     store_result(out, lse, sink, sequence, 0, head, row_q, used, scale_v, whole, DIM_V, DV)
                 whole = nothing
                 inherited = tile < 0
                 tile = 0
-                pair += 1
-                if pair == heads_kv:
-                    pair = 0
-                    sequence += 1
-                    keys = keys_of(rows, values, splits, sequence, TILE_N)
-                scale_k = descale_of(k, k_descale, tl.minimum(sequence, rows.batch - 1), pair)
+                sequence += 1
+                keys = keys_of(rows, values, splits, sequence, TILE_N)
+                scale_k = descale_of(k, k_descale, tl.minimum(sequence, rows.batch - 1), head_kv)
 
     # Sequences that this program shares with others: the one it began within, and the one it ended within.
     for which in range(2):
         if which == 0:
             there = (first_tile > 0) & (n_tiles > 0)
-            number = first_sequence.to(tl.int64) * heads_kv + first_pair
+            number = first_sequence.to(tl.int64) * heads_kv + head_kv
             end = tl.minimum(first_tile + n_tiles, first_tiles)
             arrived = (end + first_chunk - 1) // first_chunk - first_tile // first_chunk
             chunks = (first_tiles + first_chunk - 1) // first_chunk
         else:
             there = (tile > 0) & (n_tiles > 0) & (inherited == 0)
-            number = sequence.to(tl.int64) * heads_kv + pair
+            number = sequence.to(tl.int64) * heads_kv + head_kv
             arrived = tile // keys.chunk
             chunks = (keys.tiles + keys.chunk - 1) // keys.chunk
         if there:
@@ -488,9 +502,12 @@ def attention_decode(
             news += tl.atomic_add(splits.arrivals + number, news, sem="acq_rel", scope="gpu")
             if news % HELD == chunks:
                 tl.store(splits.arrivals + number, 0)
-                merged = merge_parts(splits, pairs, number, news // HELD, chunks, row, n_rows, DIM_V, DV, ROWS)
                 batch = (number // heads_kv).to(tl.int32)
-                head_kv = (number % heads_kv).to(tl.int32)
                 scale_v = descale_of(v, v_descale, batch, head_kv)
-                head = head_kv * GROUP + row % GROUP
-                store_result(out, lse, sink, batch, 0, head, row_q, used, scale_v, merged, DIM_V, DV)
+                for begin in range(0, n_rows, MERGED):
+                    part_row = begin + tl.arange(0, MERGED)
+                    merged = merge_parts(splits, pairs, number, news // HELD, chunks, part_row, n_rows, DIM_V, DV)
+                    head = head_kv * GROUP + part_row % GROUP
+                    store_result(
+                        out, lse, sink, batch, 0, head, part_row // GROUP, part_row < n_rows, scale_v, merged, DIM_V, DV
+                    )

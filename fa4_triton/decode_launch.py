@@ -178,7 +178,8 @@ def _make_call(
         most_tiles = _most_tiles(problem, tile.n)
         slots = num_splits or min(MOST_CHUNKS, most_tiles)
         n_parts, n_arrivals = pairs * slots * packed * (kinds.head_dim_v + 2), pairs
-        grid = min(_programs(device, tile.programs), pairs * slots) if packed else 0
+        teams = min(max(1, _programs(device, tile.programs) // heads_kv), problem.batch * slots)
+        grid = teams * heads_kv if packed else 0
     else:
         # A sequence may end within a block.
         blocks = triton.cdiv(packed, tile.rows) * problem.batch

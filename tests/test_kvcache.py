@@ -142,6 +142,31 @@ def test_the_number_of_programs_changes_no_bit(target, monkeypatch):
         assert all(map(torch.equal, result, results[0]))
 
 
+def test_sequences_alike_are_dealt_whole_and_merged_by_nobody(target, monkeypatch):
+    """Within 5 % of each other, and with work for every program. Equal shares would cut the third sequence here."""
+    if target.backend != "triton":
+        pytest.skip("the reference has no programs")
+    from fa4_triton import decode_launch
+
+    tile = 16 if target.interpreted else 64
+    monkeypatch.setattr(decode_launch, "_programs", lambda device, share: 4)  # two teams of the two KV heads
+    written = []
+    for tiles in ((20, 20, 21, 20), (20, 20, 30, 20)):
+        parts = []
+
+        def work_space(n_parts, n_arrivals, device, parts=parts):
+            parts.append(torch.full((n_parts,), float("nan"), device=device))
+            return parts[0], torch.zeros(n_arrivals, dtype=INT32, device=device)
+
+        monkeypatch.setattr(decode_launch, "work_space", work_space)
+        decode_launch.forget()
+        q, k, v, used = a_problem(target, lengths=[n * tile for n in tiles], heads_kv=2)
+        check_forward(ThroughCache(target, Layout()), q, k, v, seqused_k=used).require()
+        written.append(bool((parts[0] == parts[0]).any()))
+    decode_launch.forget()
+    assert written == [False, True]
+
+
 @pytest.mark.parametrize("page", [0, 16])
 def test_chunked_prefill_equals_whole_prefill(target, dtype, page):
     """Rows of the prompt arrive in chunks of any size, down to one: each sees what came before it and itself."""
