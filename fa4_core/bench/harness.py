@@ -101,7 +101,10 @@ class Entry:
         self.contestant = contestant
         self._function: Function = contestant.function(case)
         *self._inputs, self._dout = (t.transpose(1, 2) if contestant.heads_first else t for t in tensors)
-        self._leaves = [t.detach().requires_grad_() for t in self._inputs]
+        self._leaves = self._new_leaves()
+
+    def _new_leaves(self) -> list[Tensor]:
+        return [t.detach().requires_grad_() for t in self._inputs]
 
     def forward(self) -> Tensor:
         """One call, without autograd."""
@@ -117,9 +120,14 @@ class Entry:
         return torch.autograd.grad(self.recorded(), self._leaves, self._dout)
 
     def make_backward(self) -> timing.Call:
-        """Runs the forward, and returns the call of the backward alone."""
-        out = self.recorded()
-        return lambda: torch.autograd.grad(out, self._leaves, self._dout, retain_graph=True)
+        """Runs the forward, and returns the call of the backward alone.
+
+        It has leaves of its own: their nodes in the graph stay on the stream that is current now, and `step`, which may
+        run on another, would wait for it, with a warning from PyTorch.
+        """
+        leaves = self._new_leaves()
+        out = self._function(*leaves)
+        return lambda: torch.autograd.grad(out, leaves, self._dout, retain_graph=True)
 
     def results(self, backward: bool) -> list[Tensor]:
         """Output, or gradients of q, k and v, in (B, S, H, D)."""
