@@ -426,6 +426,9 @@ def attention_decode(
     # Whether an earlier program has the sequence's first chunks, and so its place among the parts.
     inherited = tile > 0
     first_sequence, first_tile, first_chunk = sequence, tile, keys.chunk
+    # Chunks of the sequence that end before `tile`, and where the present one ends.
+    ended = tile // keys.chunk
+    chunk_end = tl.minimum(tile + keys.chunk, keys.tiles)
     first_tiles = keys.tiles
     scale_k = descale_of(k, k_descale, tl.minimum(sequence, rows.batch - 1), head_kv)
     nothing = (
@@ -459,15 +462,16 @@ def attention_decode(
         key = (keys.begin + tile) * TILE_N + tl.arange(0, TILE_N)
         state = attend_tile(q_tile, k_tile, v_tile, values, scale_k, row_q, key, rows.rows_q, keys.length, state, FP8)
         tile += 1
-        if (tile % keys.chunk == 0) | (tile == keys.tiles):
+        if tile == chunk_end:
             part = (state[0], state[1], tl.sum(state[2], 0))
             if inherited:
-                slot = (tile - 1) // keys.chunk
                 number = sequence.to(tl.int64) * heads_kv + head_kv
-                store_part(splits, pairs, number, slot, row, n_rows, part, DIM_V, DV)
+                store_part(splits, pairs, number, ended, row, n_rows, part, DIM_V, DV)
             else:
                 whole = fold_chunk(whole, part)
             state = (nothing[0], nothing[1], tl.zeros([TILE_N, ROWS], tl.float32))
+            ended += 1
+            chunk_end = tl.minimum(tile + keys.chunk, keys.tiles)
             if tile == keys.tiles:
                 if not inherited:
                     head = head_kv * GROUP + row % GROUP
@@ -478,6 +482,8 @@ def attention_decode(
                 tile = 0
                 sequence += 1
                 keys = keys_of(rows, values, splits, sequence, TILE_N)
+                ended = tile
+                chunk_end = tl.minimum(keys.chunk, keys.tiles)
                 scale_k = descale_of(k, k_descale, tl.minimum(sequence, rows.batch - 1), head_kv)
 
     # Sequences that this program shares with others: the one it began within, and the one it ended within.
@@ -491,7 +497,7 @@ def attention_decode(
         else:
             there = (tile > 0) & (n_tiles > 0) & (inherited == 0)
             number = sequence.to(tl.int64) * heads_kv + head_kv
-            arrived = tile // keys.chunk
+            arrived = ended
             chunks = (keys.tiles + keys.chunk - 1) // keys.chunk
         if there:
             news = arrived
