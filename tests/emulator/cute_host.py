@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from .cute_launch import Operand, read_operands
 from .errors import EmulatorError
 from .launcher import Launch
@@ -122,7 +124,8 @@ class HostFunction:
         type_text = rest.rsplit("-> ", 1)[-1] if "-> " in rest else rest.rsplit(" : ", 1)[-1]
         type_text = self.aliases.get(type_text, type_text)
         if op == "arith.constant":
-            return int(re.match(r"\s*(-?\d+)", rest)[1])  # type: ignore[index]
+            number = rest.split()[0]
+            return np.float32(number) if type_text == "f32" else int(number)
         if op in _ARITHMETIC:
             return _ARITHMETIC[op](*inputs)
         if op == "cute.get_iter":
@@ -198,6 +201,7 @@ _ARITHMETIC = {
     "arith.addi": lambda a, b: a + b,
     "arith.subi": lambda a, b: a - b,
     "arith.muli": lambda a, b: a * b,
+    "arith.mulf": lambda a, b: np.float32(a) * np.float32(b),
     "arith.divsi": lambda a, b: math.trunc(a / b),
     "arith.floordivsi": lambda a, b: a // b,
     "arith.ceildivsi": lambda a, b: -(-a // b),
