@@ -24,7 +24,10 @@ two Q slots an item's last `P V` is issued together with the first `Q K^T` of th
 registers during the epilogue: the tensor cores see no seam between items.
 
 Where rows see different keys (causal, windows) a warpgroup computes what its own 64 rows see of the item's key tiles,
-and lets go of the others unread: at most one on the left, one on the right, and all but one where it has no rows.
+and lets go of the others unread: one or two on the left, one or two on the right, and all but one where it has no rows.
+
+Under a softcap a polynomial bends the scores of a warp and tile that are all near zero (`softcap.py`), as they usually
+are; a vote decides whether exponentials are needed beside it, which changes no score's result.
 
 O is rescaled only if a row of the warp moved its pivot (`softmax.follow_max`), which on most tiles none does.
 
@@ -42,7 +45,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 
 from fa4_core.problem import Kinds
@@ -64,7 +67,8 @@ from fa4_cute.schedule import (
 )
 from fa4_cute.sm90_config import WARPGROUP, Sm90Config, config_for
 from fa4_cute.sm90_parts import Item, Rings, Shared, State
-from fa4_cute.softmax import LOG2_E, finish, follow_max, rescale_factor, subtrahend, tanh
+from fa4_cute.softcap import LOWEST, Cap, all_near, bend, bend_near, cap_of
+from fa4_cute.softmax import LOG2_E, finish, follow_max, rescale_factor, subtrahend
 from fa4_cute.unseen import write_past_the_end, write_unseen
 from fa4_cute.views import boxes, from_position, heads_packed
 
@@ -147,6 +151,7 @@ class Sm90Forward:
             Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k),
             extent,
             Values(scale_log2, capped_scale, window_left, window_right, threshold),
+            cap_of(capped_scale, scale_log2) if const_expr(self.kinds.softcap) else None,
         ).launch(grid=[programs, 1, 1], block=[config.threads, 1, 1], stream=stream, min_blocks_per_mp=1)
 
     def _shared_layout(self, tile: tuple[int, int], slots: int | None = None) -> cute.ComposedLayout:
@@ -180,6 +185,7 @@ class Sm90Forward:
         lengths: Lengths,
         extent: Extent,
         values: Values,
+        cap: Cap | None,
     ):
         config = self.config
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -227,7 +233,7 @@ class Sm90Forward:
                 self.schedule(outputs, sink, shared, rings, lengths, extent, values)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
-            self.consume(maps, outputs, sink, shared, rings, values)
+            self.consume(maps, outputs, sink, shared, rings, values, cap)
 
     @cute.jit
     def schedule(self, outputs, sink, shared, rings, lengths, extent, values):
@@ -335,7 +341,7 @@ class Sm90Forward:
         return cute.size(target.shape[0]) * self.dtype.width // 8
 
     @cute.jit
-    def consume(self, maps, outputs, sink, shared, rings, values):
+    def consume(self, maps, outputs, sink, shared, rings, values, cap):
         """A consumer warpgroup. Waits on the full barriers of every ring and releases their slots, warp by warp.
 
         Takes turns with the other warpgroups around the issue of its wgmma groups; see the timeline above.
@@ -365,6 +371,7 @@ class Sm90Forward:
             skips=cute.make_rmem_tensor(2, Int32),
             rings=rings,
             values=values,
+            cap=cap,
         )
         if const_expr(config.turns):
             if group == 0:
@@ -391,13 +398,13 @@ class Sm90Forward:
             state.skips.fill(0)
             self._release(rings.k, k_at)
             k_at = rings.k.next(k_at)
-            self._cap(state)
+            near = self._cap(state, True)
             cut = span.end > span.full_end
             if const_expr(self.kinds.window_left):
                 cut = cut or span.end <= span.full_begin
             if cut:
                 self._mask(state, item, span.end - 1)
-            self._softmax(state)
+            self._softmax(state, near, True)
             self._round(state)
             if const_expr(self.ragged_k):
                 if ahead <= 1:
@@ -447,8 +454,7 @@ class Sm90Forward:
     def _own_span(self, state, item):
         """The key tiles that the warpgroup's own rows see, of the item's; one at least.
 
-        Rows further up see fewer tiles on the right, rows further down fewer on the left, where it is one at most: 64
-        rows are no more than a tile, and three warpgroups' tiles have 128 keys.
+        Rows further up see fewer tiles on the right, rows further down fewer on the left; for 128 rows, two at most.
         """
         if const_expr(not self.kinds.uneven):
             return item.span
@@ -584,10 +590,10 @@ class Sm90Forward:
         self._pass_turn(state.group)
         warpgroup.wait_group(1)
         self._release(rings.k, k_at)
-        self._cap(state)
+        near = self._cap(state, masked)
         if const_expr(masked):
             self._mask(state, item, tile)
-        moved, factor = self._softmax(state)
+        moved, factor = self._softmax(state, near, masked)
         warpgroup.wait_group(0)
         self._release(rings.v, v_at)
         self._round(state)
@@ -681,41 +687,65 @@ class Sm90Forward:
                     state.acc_s[at] = state.acc_s[at] if visible else -Float32.inf
 
     @cute.jit
-    def _cap(self, state):
-        """Softcap: scores become tanh(score * capped_scale), before any is hidden."""
+    def _cap(self, state, masked: cutlass.Constexpr[bool]):
+        """Softcap: normalises the scores, before any is hidden; returns whether all of the warp's are near.
+
+        masked: -inf is to mean a hidden key, so scores of -inf become finite.
+        """
+        near = True
         if const_expr(self.kinds.softcap):
+            scores = [state.acc_s[at] * state.cap.scale for at in range(self.config.tile_n // 2)]
+            near = all_near(scores)
             for at in cutlass.range_constexpr(self.config.tile_n // 2):
-                state.acc_s[at] = tanh(state.acc_s[at] * state.values.capped_scale)
+                state.acc_s[at] = cute.arch.fmax(scores[at], LOWEST, nan=True) if masked else scores[at]
+        return near
 
     @cute.jit
-    def _softmax(self, state):
+    def _softmax(self, state, near, masked: cutlass.Constexpr[bool]):
         """Turns scores into weights against each row's pivot, in place, and follows the row sums.
 
-        Returns for the thread's two rows whether the pivot moved, and the factor that O has to be multiplied by.
+        near, masked: what `_cap` returned and was told. Returns for the thread's two rows whether the pivot moved, and
+        the factor that O has to be multiplied by.
         """
-        acc, values = state.acc_s, state.values
-        count = self.config.tile_n // 4
+        highest = []
+        for r in cutlass.range_constexpr(2):
+            of_row = _fold(self._row(state, r), cute.arch.fmax)
+            of_row = cute.arch.fmax(of_row, cute.arch.shuffle_sync_bfly(of_row, 1))
+            highest.append(cute.arch.fmax(of_row, cute.arch.shuffle_sync_bfly(of_row, 2)))
+        moved, factor = (Boolean(False), Boolean(False)), (Float32(1.0), Float32(1.0))
+        if const_expr(self.kinds.softcap):
+            if near:
+                moved, factor = self._weigh(state, highest, lambda y, shift: bend_near(y, state.cap, shift))
+            else:
+                moved, factor = self._weigh(state, highest, lambda y, shift: bend(y, state.cap, shift, masked))
+        else:
+            scale = state.values.scale_log2
+            moved, factor = self._weigh(state, highest, lambda scores, shift: [s * scale + shift for s in scores])
+        return moved, factor
+
+    @cute.jit
+    def _weigh(self, state, highest, exponents: cutlass.Constexpr):
+        """`_softmax` from the rows' highest scores on; exponents(scores, shift) are in log2 units, shift added."""
+        highest = exponents(highest, Float32(0.0))
         moved, factor = [False, False], [Float32(1.0), Float32(1.0)]
         for r in cutlass.range_constexpr(2):
-            mine = [acc[at // 2 * 4 + 2 * r + at % 2] for at in range(count)]
-            highest = _fold(mine, cute.arch.fmax)
-            highest = cute.arch.fmax(highest, cute.arch.shuffle_sync_bfly(highest, 1))
-            highest = cute.arch.fmax(highest, cute.arch.shuffle_sync_bfly(highest, 2))
             before = state.pivot[r]
-            pivot, moved[r] = follow_max(before, highest * values.scale_log2, values.threshold)
+            pivot, moved[r] = follow_max(before, highest[r], state.values.threshold)
             state.pivot[r] = pivot
             factor[r] = rescale_factor(before, pivot) if moved[r] else Float32(1.0)
             if const_expr(self.counted):
                 kept = before > -Float32.inf and not moved[r]
                 state.skips[r] = state.skips[r] + Int32(kept)
-            shift = -subtrahend(pivot)
-            weights = []
-            for at in cutlass.range_constexpr(count):
-                weight = cute.math.exp2(mine[at] * values.scale_log2 + shift, fastmath=True)
-                acc[at // 2 * 4 + 2 * r + at % 2] = weight
-                weights.append(weight)
+            scores = exponents(self._row(state, r), -subtrahend(pivot))
+            weights = [cute.math.exp2(score, fastmath=True) for score in scores]
+            for at in cutlass.range_constexpr(len(weights)):
+                state.acc_s[at // 2 * 4 + 2 * r + at % 2] = weights[at]
             state.row_sum[r] = state.row_sum[r] * factor[r] + _fold(weights, _add)
-        return moved, factor
+        return (moved[0], moved[1]), (factor[0], factor[1])
+
+    def _row(self, state, r: int) -> list:
+        """The thread's scores of its row r."""
+        return [state.acc_s[at // 2 * 4 + 2 * r + at % 2] for at in range(self.config.tile_n // 4)]
 
     @cute.jit
     def _round(self, state):

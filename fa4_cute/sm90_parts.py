@@ -11,6 +11,7 @@ from fa4_cute.params import Values
 from fa4_cute.pipelines import Ring
 from fa4_cute.ranges import Span
 from fa4_cute.schedule import Sequence, WorkItem
+from fa4_cute.softcap import Cap
 
 
 class Item(NamedTuple):
@@ -56,3 +57,4 @@ class State(NamedTuple):
     skips: cute.Tensor
     rings: Any
     values: Values
+    cap: Cap | None

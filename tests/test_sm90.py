@@ -3,6 +3,7 @@
 What it computes is executed in tests/emulator/test_project_sm90.py, and checked on a GPU like every backend's results.
 """
 
+import math
 import re
 from dataclasses import replace
 
@@ -55,6 +56,64 @@ def test_a_config_for_another_group_is_refused():
         Sm90Forward(kinds(64, group=3), Sm90Config(64, 64, tile_n=128, packed=2))
 
 
+@needs_dsl
+def test_the_softcaps_polynomial_is_the_best_of_its_degree():
+    """Its error alternates with equal heights at a point more than it has free coefficients, p(0) = 1 being fixed."""
+    from fa4_cute.softcap import POLYNOMIAL, REACH
+
+    x = np.linspace(1e-4, REACH, 100_001)
+    error = np.polynomial.polynomial.polyval(x * x, POLYNOMIAL) * x / np.tanh(x) - 1
+    turns = np.flatnonzero(np.diff(np.sign(np.diff(error)))) + 1
+    heights = np.abs(error[[*turns, -1]])
+    heights = heights[heights > heights.max() / 2]
+    assert POLYNOMIAL[0] == 1
+    assert len(heights) == len(POLYNOMIAL)
+    assert heights.max() / heights.min() < 1.001
+
+
+def bent(x, hidden):
+    """tanh of a float32 vector as the kernel has it, 16 side by side in a thread and 512 in a warp."""
+    from emulator.cute_backend import run
+    from emulator.cute_compile import Request
+
+    x = torch.cat([x, torch.zeros(-len(x) % 4096)])
+    y = torch.full_like(x, math.nan)
+    run(Request("sm_90a", "tests.emulator.cute_probe:SoftcapProbe", (hidden,)), [x, y])
+    return y
+
+
+@needs_dsl
+def test_a_softcap_bends_as_accurately_as_it_says():
+    """Executed as compiled, on every 16,001st float32 of either sign; infinities bend, and NaN stays."""
+    from fa4_cute.softcap import MAX_RELATIVE_ERROR
+
+    first, last = (int(np.float32(x).view(np.uint32)) for x in (1e-30, 100.0))
+    magnitudes = np.arange(first, last, 16001, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    x = torch.from_numpy(np.concatenate([-magnitudes[::-1], [0.0], magnitudes]).astype(np.float32))
+    got, want = bent(x, False)[: len(x)].double(), torch.tanh(x.double())
+    assert (x.abs() < 0.75).sum() > 10_000
+    assert (x.abs() > 0.75).sum() > 1_000
+    assert (((got - want) / want).abs()[x != 0]).max() <= MAX_RELATIVE_ERROR
+    assert got[x == 0] == 0
+    special = torch.tensor([math.inf, -math.inf, math.nan, 1e38, -1e38])
+    assert bent(special, False)[:5].nan_to_num(7.0).tolist() == [1.0, -1.0, 7.0, 1.0, -1.0]
+    assert bent(special, True)[:5].nan_to_num(7.0, neginf=-7.0).tolist() == [1.0, -7.0, 7.0, 1.0, -1.0]
+    assert bent(torch.tensor([-math.inf, 0.1, -1.0]), True)[0] == -math.inf
+
+
+@needs_dsl
+def test_a_bent_score_depends_on_no_other():
+    """To the bit: near scores beside near ones alone, far ones in their own part, or elsewhere in the warp."""
+    g = torch.Generator().manual_seed(0)
+    near = torch.rand(4096, generator=g) * 1.498 - 0.749
+    alone = bent(near, False)
+    for loud in (torch.arange(4096) % 16 == 3, torch.arange(4096) % 512 == 500, torch.rand(4096, generator=g) < 0.3):
+        for value in (0.76, -40.0, math.inf, math.nan):
+            beside = bent(torch.where(loud, value, near), False)
+            assert torch.equal(beside[~loud], alone[~loud])
+            assert not torch.equal(beside, alone)
+
+
 CODE = {
     "window-sink-64": (kinds(64, window_left=5, window_right=5), None),
     "varlen-left-used-sink-64": (varlen_kinds(64, 1, window_left=5), torch.float32),
@@ -65,6 +124,17 @@ CODE = {
         torch.float32,
     ),
     "full-256": (kinds(256), None),
+    "causal-softcap-64": (kinds(64, window_right=0, softcap=2.0), None),
+    "varlen-window-used-sink-softcap-gqa-64": (
+        varlen_kinds(64, 8, window_left=5, window_right=5, softcap=2.0),
+        torch.float32,
+    ),
+    "causal-softcap-128": (kinds(128, window_right=0, softcap=2.0), None),
+    "varlen-window-used-sink-softcap-gqa-128": (
+        varlen_kinds(128, 8, window_left=5, window_right=5, softcap=2.0),
+        torch.float32,
+    ),
+    "causal-softcap-192": (kinds(192, window_right=0, softcap=2.0), None),
     "causal-192": (kinds(192, 128, window_right=0), None),
     # Three consumer warpgroups leave the scheduler 32 registers, and packed sequences and drawn items ask most of it.
     "varlen-window-used-sink-gqa-64": (varlen_kinds(64, 8, window_left=5, window_right=5), torch.float32),
@@ -75,7 +145,7 @@ CODE = {
 @needs_triton
 @pytest.mark.parametrize("name", CODE)
 def test_machine_code_spills_nothing_and_keeps_to_each_roles_registers(name):
-    """No local memory; no register index reaches what setmaxnreg leaves to the producer warps, or to the consumers."""
+    """No local memory, no product waited for by itself; no register index reaches its role's budget."""
     from emulator.cute_backend import FACTORIES
     from emulator.cute_compile import Request, compile_kernel
 
@@ -85,6 +155,7 @@ def test_machine_code_spills_nothing_and_keeps_to_each_roles_registers(name):
     assert re.search(r"STACK:0 .*LOCAL:0", usage), usage
     code = disassembled(kept, "nvdisasm", "-c")
     assert not re.search(r"\b(LDL|STL)\b", code)
+    assert code.count("WARPGROUP.DEPBAR") <= 9  # serialised products would be waited for one by one, 40 times and more
     _, told_producer, producer, told_consumer, consumer = re.split(r"(USETMAXREG\.\S+ .*?;)", code)
     told = tuple(int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16) for text in (told_producer, told_consumer))
     assert told == config_for(kind).registers

@@ -40,6 +40,10 @@ FEATURES = {
         "dtype": fp16, "head_dim": 96, "varlen": True, "window": (40, None), "used": True, "sink": "normal"
     },
     "full-256": {"dtype": fp16, "head_dim": 256},
+    "softcap-window-64": {"dtype": bf16, "head_dim": 64, "window": (70, 9), "softcap": 5.0},
+    "softcap-causal-gqa-128": {
+        "dtype": fp16, "head_dim": 128, "causal": True, "softcap": 5.0, "heads_q": 4, "heads_kv": 2
+    },
     "softcap-window-256": {"dtype": bf16, "head_dim": 256, "window": (70, 9), "softcap": 5.0},
     "causal-192": {"dtype": bf16, "head_dim": 192, "head_dim_v": 96, "causal": True},
     "window-sink-groups-of-8-64": {
@@ -177,6 +181,47 @@ def test_a_sink_may_be_float64():
         got = attention(q, k, v, sink=sink.double(), return_lse=True)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_softcap_bends_large_scores_beside_small_ones(head_dim, causal):
+    """Rows and keys on both sides of the polynomial's reach, infinite scores and NaN, each row as float64 has it."""
+    g = torch.Generator().manual_seed(8)
+    q, k, v = (torch.randn(1, 330, 1, head_dim, generator=g).bfloat16() for _ in range(3))
+    q[:, 40:48] *= 60  # warps of 16 rows: some all near, some not
+    q[:, 200:280:9] *= 20
+    k[:, 70:75] *= 30
+    q[:, 100], q[:, 101] = 0.0, math.nan
+    q[:, 100, :, 3] = math.inf  # scores of both infinities, which bend to the cap and its negative
+    with emulated_cute(ARCH):
+        out, lse = attention(q, k, v, softcap=8.0, causal=causal, return_lse=True)
+        check_forward(attention, q, k, v, softcap=8.0, causal=causal).require()
+    double = (t.double() for t in (q, k, v))
+    _, want = dispatch.attention(*double, softcap=8.0, causal=causal, backend="reference", return_lse=True)
+    assert out[:, 101].isnan().all()
+    assert not out[:, [*range(101), *range(102, 330)]].isnan().any()
+    torch.testing.assert_close(lse.double(), want, rtol=0, atol=1e-5, equal_nan=True)
+
+
+def test_hidden_scores_that_no_polynomial_serves_change_nothing():
+    """Keys after the diagonal and past the length in use, huge, infinite and NaN, share tiles with what rows see."""
+    g = torch.Generator().manual_seed(9)
+    q, k, v = (torch.randn(1, 200, 1, 64, generator=g).bfloat16() for _ in range(3))
+    used = torch.tensor([150], dtype=torch.int32)
+    options = {"causal": True, "softcap": 30.0, "seqused_q": used, "seqused_k": used}
+    results = []
+    for value in (1.0, 1e30, math.inf, math.nan):
+        k[:, 150:] = value
+        v[:, 150:] = value
+        k[:, 120:150] = value if math.isfinite(value) else 1e30
+        with emulated_cute(ARCH):
+            out, lse = attention(q, k, v, return_lse=True, **options)
+        results.append((out[:, :120], lse[..., :120]))
+    assert not results[0][0].isnan().any()
+    for out, lse in results[1:]:
+        torch.testing.assert_close(out, results[0][0], rtol=2**-10, atol=1e-5)
+        torch.testing.assert_close(lse, results[0][1], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("softcap", [30.0, 1e6])
