@@ -132,8 +132,17 @@ def next_chunk(keys, before, at):
     """
     tile = ((at - before).to(tl.int32) + keys.chunk - 1) // keys.chunk * keys.chunk
     passed = (tile >= keys.tiles).to(tl.int32)
-    place = before + tl.minimum(tile, keys.tiles)
-    return passed, tl.where(passed == 1, 0, tile), place
+    return passed, tl.where(passed == 1, 0, tile), before + tl.minimum(tile, keys.tiles)
+
+
+@triton.jit
+def sum_and_max(sum_a, max_a, sum_b, max_b):
+    return sum_a + sum_b, tl.maximum(max_a, max_b)
+
+
+@triton.jit
+def five_sums(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
 
 
 @triton.jit
@@ -142,6 +151,9 @@ def find_share(rows, values, splits, team, teams, TILE_N: tl.constexpr):
 
     It begins with the first chunk at the team's place among all tiles or later. Where sequences are alike, and enough
     to give every team some, a share is a number of whole ones, so that nothing is merged.
+
+    Nothing is loaded before the share is known, and what takes its time are reductions across warps: few, of several
+    numbers each. Within a step they are of 32 bits, which 2^29 keys a sequence do not exceed.
     """
     STEP: tl.constexpr = 128
     total = tl.zeros([], tl.int64)
@@ -149,8 +161,9 @@ def find_share(rows, values, splits, team, teams, TILE_N: tl.constexpr):
     for start in range(0, rows.batch, STEP):
         i = start + tl.arange(0, STEP)
         tiles = tl.where(i < rows.batch, keys_of(rows, values, splits, i, TILE_N).tiles, 0)
-        total += tl.sum(tiles.to(tl.int64), 0)
-        most = tl.maximum(most, tl.max(tiles, 0))
+        added, longest = tl.reduce((tiles, tiles), 0, sum_and_max)
+        total += added
+        most = tl.maximum(most, longest)
     # Whole sequences, `each` for every team that takes some: where that leaves few teams idle, and the longest share
     # is within 5 % of the mean.
     each = (rows.batch + teams - 1) // teams
@@ -171,16 +184,26 @@ def find_share(rows, values, splits, team, teams, TILE_N: tl.constexpr):
     counted = tl.zeros([], tl.int64)
     for start in range(0, rows.batch, STEP):
         i = start + tl.arange(0, STEP)
-        tiles = tl.where(i < rows.batch, keys_of(rows, values, splits, i, TILE_N).tiles, 0).to(tl.int64)
-        ends = counted + tl.cumsum(tiles, 0)
-        counted += tl.sum(tiles, 0)
-        ends = tl.where(whole, (i + 1).to(tl.int64), ends)
-        passed = (ends <= first) & (i < rows.batch)
-        first_sequence += tl.sum(passed.to(tl.int32), 0)
-        before_first += tl.sum(tl.where(passed, tiles, 0), 0)
-        passed = (ends <= last) & (i < rows.batch)
-        last_sequence += tl.sum(passed.to(tl.int32), 0)
-        before_last += tl.sum(tl.where(passed, tiles, 0), 0)
+        tiles = tl.where(i < rows.batch, keys_of(rows, values, splits, i, TILE_N).tiles, 0)
+        ends = tl.where(whole, i + 1, counted + tl.cumsum(tiles, 0))
+        by_first = (ends <= first) & (i < rows.batch)
+        by_last = (ends <= last) & (i < rows.batch)
+        added, passed_first, tiles_first, passed_last, tiles_last = tl.reduce(
+            (
+                tiles,
+                by_first.to(tl.int32),
+                tl.where(by_first, tiles, 0),
+                by_last.to(tl.int32),
+                tl.where(by_last, tiles, 0),
+            ),
+            0,
+            five_sums,
+        )
+        counted += added
+        first_sequence += passed_first
+        before_first += tiles_first
+        last_sequence += passed_last
+        before_last += tiles_last
     if whole:
         first = before_first
         last = before_last
