@@ -119,7 +119,12 @@ def readme_command(name: str) -> str:
 
 
 def test_the_readmes_commands_set_up_and_run():
-    assert readme_command("try").endswith(".venv/bin/python -m dispatch")
+    command = readme_command("try")
+    assert command.endswith(".venv/bin/python -m dispatch")
+    extras = re.search(r"'\.\[([\w,-]+)\]'", command)
+    assert extras
+    # Without one of the kernels' packages the main job would leave these kernels out, and still say that all passed.
+    assert {"triton", "cute-cu13", "cli"} <= set(extras[1].split(","))
     command = readme_command("test")
     assert command.startswith("python3 -m venv .venv && ")
     assert " && .venv/bin/python -m pytest" in command
