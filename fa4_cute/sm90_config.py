@@ -34,9 +34,10 @@ class Sm90Config:
     """Tiles, slots and budgets of one kernel; refuses what does not fit.
 
     head_dim, head_dim_v: what the tiles hold, the problem's dimensions rounded up; the rest is zeros by TMA.
-    warpgroups: consumers, of 64 query rows each. q_slots: 2 overlaps work items; with 1 the output passes through Q's
-    shared memory. turns: whether warpgroups take turns in issuing wgmma. packed: query heads of one KV head whose rows
-    lie side by side in a query tile, 1 for none.
+    warpgroups: consumers, of 64 query rows each. q_slots: 2 overlaps work items. out_columns: with one Q slot, the
+    output's columns that leave together through shared memory of their own, or 0 to pass through Q's. turns: whether
+    warpgroups take turns in issuing wgmma. packed: query heads of one KV head whose rows lie side by side in a query
+    tile, 1 for none.
     """
 
     head_dim: int
@@ -45,6 +46,7 @@ class Sm90Config:
     warpgroups: int = 2
     q_slots: int = 2
     kv_slots: int = 2
+    out_columns: int = 0
     turns: bool = True
     packed: int = 1
 
@@ -54,9 +56,11 @@ class Sm90Config:
         producer, consumer = self.registers
         if producer + self.warpgroups * consumer > REGISTERS // self.threads // 8 * 8 * (self.warpgroups + 1):
             raise ValueError(f"{self}: {self.registers} registers a thread are more than the block is launched with")
-        if self.q_slots == 1 and self.head_dim_v > self.head_dim:
+        if self.own_columns and self.head_dim_v % self.own_columns:
+            raise ValueError(f"{self}: out_columns have to divide head_dim_v")
+        if not self.own_columns and self.head_dim_v > self.head_dim:
             raise ValueError(f"{self}: the output does not fit where Q was")
-        if self.q_slots == 1 and self.head_dim_v % 64:
+        if not self.own_columns and self.head_dim_v % 64:
             raise ValueError(f"{self}: where Q was, the output's rows have to end with a 128-byte swizzle, 64 columns")
         if self.tile_n % 16:
             raise ValueError(f"{self}: tile_n has to be a multiple of 16, the depth of a wgmma")
@@ -87,10 +91,15 @@ class Sm90Config:
         return {1: (56, 240), 2: (40, 232), 3: (32, 160)}[self.warpgroups]
 
     @property
+    def own_columns(self) -> int:
+        """Columns of the output that have shared memory of their own: all with two Q slots, 0 where they take Q's."""
+        return self.head_dim_v if self.q_slots > 1 else self.out_columns
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory: Q, K, V, O where it has room of its own, and 2 KB for barriers, items and alignment."""
         q = self.q_slots * self.tile_m * self.head_dim
-        out = self.tile_m * self.head_dim_v if self.q_slots > 1 else 0
+        out = self.tile_m * self.own_columns
         kv = self.kv_slots * self.tile_n * (self.head_dim + self.head_dim_v)
         return 2 * (q + out + kv) + 2048
 
@@ -111,10 +120,10 @@ def _tiles_for(head_dim: int, head_dim_v: int, kinds: Kinds) -> Sm90Config:
     if head_dim <= 128 and head_dim_v <= 128:
         return Sm90Config(head_dim, head_dim_v, tile_n=128)
     if head_dim <= 192 and head_dim_v <= 128:
-        return Sm90Config(192, 64 if head_dim_v == 64 else 128, tile_n=128, q_slots=1)
+        return Sm90Config(192, 64 if head_dim_v == 64 else 128, tile_n=128, q_slots=1, out_columns=64)
     if head_dim <= 192 and head_dim_v <= 192:
         return Sm90Config(192, 192, tile_n=112, q_slots=1)
-    return Sm90Config(256, 256, tile_n=64, q_slots=1, turns=not kinds.uneven)
+    return Sm90Config(256, 256, tile_n=64, q_slots=1, out_columns=128, turns=not kinds.uneven)
 
 
 def _padded(head_dim: int) -> int:

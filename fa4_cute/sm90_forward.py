@@ -21,7 +21,8 @@ are issued being `Q K(n)`, `P V(n + 1)`:
 
 Warpgroups take turns to issue (named barriers), so the tensor cores work for one while another is in its softmax. With
 two Q slots an item's last `P V` is issued together with the first `Q K^T` of the next item, whose scores stay in
-registers during the epilogue: the tensor cores see no seam between items.
+registers during the epilogue: the tensor cores see no seam between items. With one Q slot the next item's Q is on its
+way from S of the last tile on, if the output has shared memory of its own, in which it leaves some columns at a time.
 
 Where rows see different keys (causal, windows) a warpgroup computes what its own 64 rows see of the item's key tiles,
 and lets go of the others unread: one or two on the left, one or two on the right, and all but one where it has no rows.
@@ -97,6 +98,8 @@ class Sm90Forward:
         self.counted = counted
         self.dtype = DTYPES[kinds.dtype]
         self.overlap_items = self.config.q_slots > 1
+        self.out_in_q = not self.config.own_columns
+        self.out_columns = self.config.own_columns or self.config.head_dim_v
         self.item_slots = 1 if drawn(kinds) else 2
         self.ragged_k = kinds.varlen or kinds.seqused_k
         self.ragged_q = kinds.varlen or kinds.seqused_q
@@ -132,7 +135,7 @@ class Sm90Forward:
         packed_q, packed_o = heads_packed(mQ, config.packed), heads_packed(mO, config.packed)
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         tile_q, tile_k = (config.tile_m, config.head_dim), (config.tile_n, config.head_dim)
-        tile_v, tile_o = (config.tile_n, config.head_dim_v), (64, config.head_dim_v)
+        tile_v, tile_o = (config.tile_n, config.head_dim_v), (64, self.out_columns)
         one = self._shared_layout
         maps = Maps(
             *cpasync.make_tiled_tma_atom(load, packed_q, one(tile_q), tile_q),
@@ -169,10 +172,10 @@ class Sm90Forward:
         return cute.tile_to_shape(atom, (*tile, slots), order=(0, 1, 2))
 
     def _output_layout(self) -> cute.ComposedLayout:
-        """A warpgroup's 64 rows of O in shared memory: on their own, or where its rows of Q were."""
+        """A warpgroup's 64 rows of O in shared memory, the columns that leave together: their own, or where Q was."""
         config = self.config
-        if self.overlap_items:
-            return self._shared_layout((64, config.head_dim_v))
+        if not self.out_in_q:
+            return self._shared_layout((64, self.out_columns))
         q = self._shared_layout((config.tile_m, config.head_dim))
         return cute.composition(q, cute.make_layout((64, config.head_dim_v), stride=(1, config.tile_m)))
 
@@ -207,8 +210,8 @@ class Sm90Forward:
         s_q = memory.allocate_tensor(self.dtype, layout_q.outer, 1024, layout_q.inner)
         s_k = memory.allocate_tensor(self.dtype, layout_k.outer, 1024, layout_k.inner)
         s_v = memory.allocate_tensor(self.dtype, layout_v.outer, 1024, layout_v.inner)
-        if const_expr(self.overlap_items):
-            layout_o = self._shared_layout((64, config.head_dim_v), config.warpgroups)
+        if const_expr(not self.out_in_q):
+            layout_o = self._shared_layout((64, self.out_columns), config.warpgroups)
             s_o = memory.allocate_tensor(self.dtype, layout_o.outer, 1024, layout_o.inner)
         else:
             rows = cute.make_layout((64, config.head_dim_v, config.warpgroups), stride=(1, config.tile_m, 64))
@@ -286,7 +289,7 @@ class Sm90Forward:
         """The load warp. Waits on the empty barriers of Q, K and V; TMA completes their full ones.
 
         Loads run ahead of the consumers by the rings' slots: Q of the next item and its first K are on their way while
-        the consumers finish the last tiles of this one. Order of an item: Q, K(end-1), then K(n), V(n+1) to V(begin).
+        the consumers finish the last tiles of this one. An item's order: Q and K(end-1), then K(n), V(n+1) to V(begin).
         """
         config = self.config
         items, q_at, k_at, v_at = rings.items.start(), rings.q.start(), rings.k.start(), rings.v.start()
@@ -305,10 +308,12 @@ class Sm90Forward:
             t_sk, t_gk = boxes(maps.k, shared.k, g_k, 2)
             t_sv, t_gv = boxes(maps.v, shared.v, g_v, 2)
 
-            self._load(rings.q, q_at, maps.q, t_gq, t_sq)
-            q_at = rings.q.next(q_at)
+            if const_expr(self.overlap_items):
+                self._load(rings.q, q_at, maps.q, t_gq, t_sq)
             self._load(rings.k, k_at, maps.k, t_gk[None, span.end - 1], t_sk)
-            k_at = rings.k.next(k_at)
+            if const_expr(not self.overlap_items):  # Q's slot is free later than one of K's
+                self._load(rings.q, q_at, maps.q, t_gq, t_sq)
+            q_at, k_at = rings.q.next(q_at), rings.k.next(k_at)
             to_come = span.end - span.begin - 1
             if to_come < DRAW_AHEAD:
                 self._release(rings.items, items)
@@ -398,6 +403,7 @@ class Sm90Forward:
             state.skips.fill(0)
             self._release(rings.k, k_at)
             k_at = rings.k.next(k_at)
+            self._release_q(state, q_at, span.end - 1, span)
             near = self._cap(state, True)
             cut = span.end > span.full_end
             if const_expr(self.kinds.window_left):
@@ -419,12 +425,12 @@ class Sm90Forward:
             full_begin = cutlass.min(span.full_begin, full_end)
             if const_expr(self.kinds.window_right):
                 for i in cutlass.range(masked_end - full_end, unroll=1):
-                    k_at, v_at = self._step(state, item, masked_end - 1 - i, q_at, k_at, v_at, True)
+                    k_at, v_at = self._step(state, item, span, masked_end - 1 - i, q_at, k_at, v_at, True)
             for i in cutlass.range(full_end - full_begin, unroll=1):
-                k_at, v_at = self._step(state, item, full_end - 1 - i, q_at, k_at, v_at, False)
+                k_at, v_at = self._step(state, item, span, full_end - 1 - i, q_at, k_at, v_at, False)
             if const_expr(self.kinds.window_left):
                 for i in cutlass.range(full_begin - span.begin, unroll=1):
-                    k_at, v_at = self._step(state, item, full_begin - 1 - i, q_at, k_at, v_at, True)
+                    k_at, v_at = self._step(state, item, span, full_begin - 1 - i, q_at, k_at, v_at, True)
                 for _ in cutlass.range(span.begin - item.span.begin, unroll=1):
                     k_at = self._pass_key(state, k_at)
 
@@ -445,7 +451,8 @@ class Sm90Forward:
                     v_at = self._pass_value(state, v_at)
             self._write(state, maps, outputs, sink, shared, item, span)
             if const_expr(not self.overlap_items):
-                self._release(rings.q, q_at)
+                if const_expr(self.out_in_q):
+                    self._release(rings.q, q_at)
                 q_at = rings.q.next(q_at)
             item = following
         cute.arch.cp_async_bulk_wait_group(0, read=True)
@@ -579,7 +586,7 @@ class Sm90Forward:
         warpgroup.wait_group(0)
 
     @cute.jit
-    def _step(self, state, item, tile, q_at, k_at, v_at, masked: cutlass.Constexpr[bool]):
+    def _step(self, state, item, span, tile, q_at, k_at, v_at, masked: cutlass.Constexpr[bool]):
         """One turn of the steady state: S of `tile` and O of the tile before it; returns the cursors after both."""
         rings = state.rings
         rings.k.wait(k_at)
@@ -590,6 +597,7 @@ class Sm90Forward:
         self._pass_turn(state.group)
         warpgroup.wait_group(1)
         self._release(rings.k, k_at)
+        self._release_q(state, q_at, tile, span)
         near = self._cap(state, masked)
         if const_expr(masked):
             self._mask(state, item, tile)
@@ -640,6 +648,13 @@ class Sm90Forward:
     def _release(self, ring, at):
         with cute.arch.elect_one():
             ring.release(at)
+
+    @cute.jit
+    def _release_q(self, state, q_at, tile, span):
+        """Lets go of Q's only slot once S of the item's last tile is done, unless the output is to pass through it."""
+        if const_expr(not self.overlap_items and not self.out_in_q):
+            if tile == span.begin:
+                self._release(state.rings.q, q_at)
 
     @cute.jit
     def _read(self, s_items, ring, at):
@@ -825,28 +840,31 @@ class Sm90Forward:
     @cute.jit
     def _store_tile(self, state, maps, shared, r_o, sequence, work, batch):
         """64 rows of O through shared memory and TMA; rows past a dense tensor's end are cut by TMA."""
-        group = state.group
+        group, columns = state.group, self.out_columns
         thread, _, _ = cute.arch.thread_idx()
         leader = cute.arch.make_warp_uniform(thread // 32) % 4 == 0
         sync = EPILOGUE_BARRIER + group
-        if leader:
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
-        cute.arch.barrier(barrier_id=sync, number_of_threads=WARPGROUP)
         s_o = shared.out[None, None, group]
         atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(num_matrices=4), self.dtype)
-        one = cute.make_tiled_mma(state.mma_o.op)
-        copy = cute.make_tiled_copy_C(atom, one).get_slice(thread % WARPGROUP)
-        cute.copy(atom, copy.retile(r_o), copy.partition_D(s_o))
-        cute.arch.fence_view_async_shared()
-        cute.arch.barrier(barrier_id=sync, number_of_threads=WARPGROUP)
-        if leader:
-            m_o = from_position(maps.m_out[None, None, work.head, batch], sequence.offset_q, self.config.packed)
-            g_o = cute.local_tile(m_o, (64, self.config.head_dim_v), (work.tile * self.config.warpgroups + group, 0))
-            t_so, t_go = boxes(maps.out, s_o, g_o, 2)
-            cute.copy(maps.out, t_so, t_go)
-            cute.arch.cp_async_bulk_commit_group()
-            if const_expr(not self.overlap_items):
+        mma = self._mma(columns, rows_from_registers=True)
+        copy = cute.make_tiled_copy_C(atom, cute.make_tiled_mma(mma.op)).get_slice(thread % WARPGROUP)
+        fragment = cute.make_layout(mma.get_slice(0).partition_shape_C((self.config.tile_m, columns)))
+        m_o = from_position(maps.m_out[None, None, work.head, batch], sequence.offset_q, self.config.packed)
+        for part in cutlass.range_constexpr(-(-self.kinds.head_dim_v // columns)):
+            if leader:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
+            cute.arch.barrier(barrier_id=sync, number_of_threads=WARPGROUP)
+            r_part = cute.make_tensor(r_o.iterator + part * cute.size(fragment), fragment)
+            cute.copy(atom, copy.retile(r_part), copy.partition_D(s_o))
+            cute.arch.fence_view_async_shared()
+            cute.arch.barrier(barrier_id=sync, number_of_threads=WARPGROUP)
+            if leader:
+                g_o = cute.local_tile(m_o, (64, columns), (work.tile * self.config.warpgroups + group, part))
+                t_so, t_go = boxes(maps.out, s_o, g_o, 2)
+                cute.copy(maps.out, t_so, t_go)
+                cute.arch.cp_async_bulk_commit_group()
+                if const_expr(self.out_in_q):
+                    cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
     def _store_rows(self, state, m_out, r_o, item, batch):

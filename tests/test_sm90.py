@@ -43,6 +43,19 @@ def test_warpgroups_of_head_dim_256_take_turns_where_items_are_even(options, tur
     assert (config.tile_n, config.turns) == (64, turns)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "columns"), [(256, 256, 128), (192, 128, 64), (192, 64, 64), (192, 192, 0)]
+)
+def test_the_output_has_shared_memory_of_its_own_where_q_has_one_slot_and_it_fits(head_dim, head_dim_v, columns):
+    config = config_for(kinds(head_dim, head_dim_v))
+    assert (config.q_slots, config.out_columns) == (1, columns)
+
+
+def test_output_columns_that_leave_a_rest_are_refused():
+    with pytest.raises(ValueError, match="out_columns have to divide head_dim_v"):
+        Sm90Config(192, 192, tile_n=64, q_slots=1, out_columns=128)
+
+
 def test_heads_that_do_not_fill_a_warpgroups_rows_are_refused():
     with pytest.raises(ValueError, match="packed heads have to divide a warpgroup's 64 rows"):
         Sm90Config(64, 64, tile_n=128, warpgroups=3, packed=3)

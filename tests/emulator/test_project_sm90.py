@@ -108,9 +108,10 @@ def test_forward_is_within_its_budget(name, data, seed, programs):
         Case(fp16, 8, 8, heads_q=4, heads_kv=2, lengths=((130, 200),), causal=True),
         Case(bf16, 256, 256, heads_q=32, lengths=((9, 100),), used=((8,), (99,)), sink="large"),
         Case(bf16, 64, 64, heads_q=128, lengths=((3, 100),)),
+        Case(bf16, 256, 72, heads_q=2, lengths=((140, 200),), causal=True),
     ],
     ids=["64 of 128 varlen", "32 of 64", "16 of 64 used", "16 of 192 varlen", "2 of 192", "2 of 8", "32 of 256 used",
-         "128 of 64, apart"],
+         "128 of 64, apart", "2 of 256, 72 of V"],
 )  # fmt: skip
 def test_groups_of_any_size(case):
     """Rows of a packed tile: each of its own head's sink, LSE and output, at its own position's mask and bounds."""
