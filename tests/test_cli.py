@@ -157,6 +157,15 @@ def test_fuzz_stops_at_a_cuda_error_without_shrinking(run):
     assert len(calls) == 1
 
 
+def test_help_says_in_a_whole_sentence_what_each_command_does():
+    """Typer cuts a first sentence that is too long for a line of 80 columns."""
+    command, environment = [sys.executable, "-m", "dispatch", "--help"], os.environ | {"COLUMNS": "80"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    listed = [line.strip() for line in done.stdout.split("Commands:")[1].splitlines() if line.strip()]
+    assert [line.split()[0] for line in listed] == ["check", "fuzz", "info", "warm", "bench"]
+    assert not [line for line in listed if line.endswith("...") or not line.endswith(".")]
+
+
 def test_a_backend_that_is_not_there_is_named(run):
     result = run("fuzz", "--backend", "cude")
     assert result.exit_code == 2
@@ -201,6 +210,7 @@ def test_bench_writes_json_and_a_chart(run, tmp_path):
     ("arguments", "message"),
     [
         (["--suite", "sideways"], "accepted are forward, backward"),
+        (["--case-filter", "["], "accepted are regular expressions: unterminated character set"),
         (["--case", "D64"], "accepted are names like"),
         (["--contestants", "fa5"], "accepted are triton"),
     ],

@@ -31,7 +31,7 @@ def make_app(dispatch: ModuleType) -> typer.Typer:
 
     @app.command("check")
     def run_check(backend: Annotated[list[str] | None, typer.Option(help=BACKEND_HELP)] = None) -> None:
-        """Checks every kernel that runs here against float64, forward and backward, and prints how it did."""
+        """Checks every kernel that runs here against float64. Forward and backward, in each dtype that it takes."""
         raise typer.Exit(0 if check.run_check(attention, backend) else 1)
 
     @app.command("fuzz")
@@ -42,12 +42,12 @@ def make_app(dispatch: ModuleType) -> typer.Typer:
         seed: Annotated[int | None, typer.Option(help="Draws the same problems again.")] = None,
         record: Annotated[Path | None, typer.Option(help="A JSON file to add an account of this run to.")] = None,
     ) -> None:
-        """Checks random problems against float64; a failure is shrunk and printed as a call to paste."""
+        """Checks random problems against float64. A failure is shrunk and printed as a call to paste."""
         raise typer.Exit(0 if fuzz.run_fuzz(attention, minutes, backend, longest, seed, record) else 1)
 
     @app.command("info")
     def run_info() -> None:
-        """Prints device, versions, and for each backend why it is or is not available."""
+        """Prints device, versions and backends. For a backend that is not available, why, too."""
         info.run_info(dispatch)
 
     @app.command("warm")
@@ -57,7 +57,7 @@ def make_app(dispatch: ModuleType) -> typer.Typer:
         group: Annotated[list[int] | None, typer.Option(help="Query heads a KV head; repeat. Default: 1.")] = None,
         arch: Annotated[str | None, typer.Option(help="sm_90a, sm_100a, sm_103a: needs no GPU. Default: its.")] = None,
     ) -> None:
-        """Compiles the CuTe kernels ahead, so that no first call waits for the compiler."""
+        """Compiles the CuTe kernels ahead. No first call then waits for the compiler."""
         warm.run_warm(head_dim or [64, 128, 256], dtype or list(warm.DTYPES), group or [1], arch)
 
     @app.command("bench")
@@ -75,7 +75,7 @@ def make_app(dispatch: ModuleType) -> typer.Typer:
         rounds: Annotated[int, typer.Option(help="Interleaved rounds; times are their median.", min=1)] = 5,
         budget_minutes: Annotated[float, typer.Option(help="No case starts later than this.")] = 60.0,
     ) -> None:
-        """Runs the benchmark matrix beside the libraries installed here; writes JSON and a chart."""
+        """Runs the benchmark matrix beside other libraries. Takes those installed here; writes JSON and a chart."""
         line = missing_line("bench")
         if line is not None:
             typer.echo(line, err=True)

@@ -100,10 +100,14 @@ def _chosen(known: dict[str, Contestant], names: list[str]) -> dict[str, Contest
 def _cases(suite: str, case_filter: str, names: list[str] | None) -> list[Case | DecodeCase]:
     if suite not in SUITES:
         raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
+    try:
+        wanted = re.compile(case_filter)
+    except re.error as error:
+        raise ValueError(f"case_filter: got {case_filter!r}, accepted are regular expressions: {error}") from None
     cases = SUITES[suite] if names is None else [parse_case(name) for name in names]
     if names is not None and any(isinstance(case, DecodeCase) != (suite == "decode") for case in cases):
         raise ValueError(f"case: {', '.join(names)} do not all belong to suite {suite!r}")
-    return [case for case in cases if re.search(case_filter, case.name)]
+    return [case for case in cases if wanted.search(case.name)]
 
 
 def _progress(rows: list[Row], seconds: float) -> str:

@@ -41,10 +41,12 @@ def run_warm(
     from fa4_cute import cache, kernels
 
     served = tuple(kernels.ARCHITECTURES.values())
+    given = arch
     if arch is None and default_device().type == "cuda":
         arch = kernels.architecture(default_device())
     if arch not in served:
-        raise typer.BadParameter(f"--arch: got {arch}, accepted are {', '.join(served)}")
+        got = "not given, and no kernel is for the device here" if given is None else f"got {given}"
+        raise typer.BadParameter(f"--arch: {got}, accepted are {', '.join(served)}")
     for name, value, low, high in (
         *(("--head-dim", value, 1, MAX_HEAD_DIM) for value in head_dims),
         *(("--group", value, 1, 1024) for value in groups),
