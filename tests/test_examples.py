@@ -117,6 +117,17 @@ def test_embeddings_on_the_gpu(example, encoder, tokens, dtype):
 
 
 @needs_weights
+@pytest.mark.parametrize(
+    ("option", "accepted"), [(("--dtype", "float99"), "float32, float16, bfloat16"), (("--layers", "7"), "1 to 6")]
+)
+def test_options_that_mean_nothing_are_refused(option, accepted):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run([sys.executable, EXAMPLE, *option], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert accepted in done.stderr
+
+
+@needs_weights
 def test_sentences_that_see_each_other_are_noticed(example, encoder, tokens):
     """The comparison has teeth: attention that ignores cu_seqlens is far outside of it."""
 
