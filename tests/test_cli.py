@@ -280,6 +280,16 @@ def test_the_main_job_shows_speed_beside_sdpa(run, small_race):
 
 
 @CPU_ONLY
+def test_the_main_job_says_so_where_no_kernel_runs_on_the_gpu(run, small_race, monkeypatch):
+    """An old GPU, or one without Triton: the reference passes there, and that must not read as if kernels had."""
+    monkeypatch.setattr(overview, "unavailable", lambda device: {"triton": "no", "reference": None, "cute": "no"})
+    result = run()
+    assert result.exit_code == 0, result.stdout
+    assert "No kernel runs on this GPU" in result.stdout
+    assert "TFLOP/s" not in result.stdout
+
+
+@CPU_ONLY
 def test_the_main_job_fails_where_a_kernel_is_wrong_at_full_size(run, small_race):
     small_race["triton"] = Fake("triton", factor=1.1)
     result = run()

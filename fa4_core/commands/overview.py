@@ -41,12 +41,15 @@ def run_overview(dispatch: ModuleType, console: Console | None = None) -> int:
     console.print()
     passed = run_check(dispatch.attention, None, console)
     device = default_device()
-    if has_speed(device):
-        failed = _print_speed(dispatch.attention, device, console)
+    ran = [name for name, why in unavailable(device).items() if why is None]
+    kernels = [name for name in ran if name != "reference"]
+    if has_speed(device) and kernels:
+        failed = _print_speed(dispatch.attention, kernels, device, console)
         passed = passed and not failed
     else:
-        ran = ", ".join(name for name, why in unavailable(device).items() if why is None)
-        console.print(f"No CUDA device here: checked {ran} on the CPU. No GPU kernel ran: there is no speed to show.")
+        lacking = "No kernel runs on this GPU (see above)" if has_speed(device) else "No CUDA device here"
+        where = "it" if has_speed(device) else "the CPU"
+        console.print(f"{lacking}: checked {', '.join(ran)} on {where}. No GPU kernel ran: there is no speed to show.")
     console.print("[green]all checks passed" if passed else "[red]a check failed")
     return 0 if passed else 1
 
@@ -56,9 +59,8 @@ def has_speed(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _print_speed(attention: Callable, device: torch.device, console: Console) -> list[Row]:
-    """Prints the table; returns the rows of this project's kernels that raised or were wrong."""
-    ours = [name for name, why in unavailable(device).items() if why is None and name != "reference"]
+def _print_speed(attention: Callable, ours: list[str], device: torch.device, console: Console) -> list[Row]:
+    """Prints the table; returns the rows of this project's kernels, `ours`, that raised or were wrong."""
     known = all_contestants(attention)
     names = [*ours, "fa2", "cudnn"]
     bench = Bench(CudaTimer(), device, rounds=3, reference=attention)
