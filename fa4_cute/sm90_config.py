@@ -114,15 +114,15 @@ def config_for(kinds: Kinds) -> Sm90Config:
 
 
 def _tiles_for(head_dim: int, head_dim_v: int, kinds: Kinds) -> Sm90Config:
+    """Bending a softcap's scores takes registers: where it would spill, tiles have fewer keys."""
     if head_dim <= 64 and head_dim_v <= 64:
-        # Bending a softcap's scores takes registers: with 128 keys a tile three warpgroups spill.
         return Sm90Config(64, 64, tile_n=112 if kinds.softcap else 128, warpgroups=3, kv_slots=3)
     if head_dim <= 128 and head_dim_v <= 128:
         return Sm90Config(head_dim, head_dim_v, tile_n=128)
     if head_dim <= 192 and head_dim_v <= 128:
         return Sm90Config(192, 64 if head_dim_v == 64 else 128, tile_n=128, q_slots=1, out_columns=64)
     if head_dim <= 192 and head_dim_v <= 192:
-        return Sm90Config(192, 192, tile_n=112, q_slots=1)
+        return Sm90Config(192, 192, tile_n=96 if kinds.softcap else 112, q_slots=1)
     return Sm90Config(256, 256, tile_n=64, q_slots=1, out_columns=128, turns=not kinds.uneven)
 
 

@@ -147,7 +147,10 @@ CODE = {
         varlen_kinds(128, 8, window_left=5, window_right=5, softcap=2.0),
         torch.float32,
     ),
-    "causal-softcap-192": (kinds(192, window_right=0, softcap=2.0), None),
+    "varlen-window-used-sink-softcap-gqa-192": (
+        varlen_kinds(192, 8, window_left=5, window_right=5, softcap=2.0),
+        torch.float32,
+    ),
     "causal-192": (kinds(192, 128, window_right=0), None),
     # Three consumer warpgroups leave the scheduler 32 registers, and packed sequences and drawn items ask most of it.
     "varlen-window-used-sink-gqa-64": (varlen_kinds(64, 8, window_left=5, window_right=5), torch.float32),
