@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fa4_core.backends import Backend, Gradients
 from fa4_core.problem import (
@@ -335,6 +336,10 @@ class _Once(torch.autograd.Function):
 
 
 def _differentiable(*args):
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in args[:4]
+    ):
+        raise NotImplementedError("attention: forward-mode differentiation is not supported")
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
     return _Attention.apply(*args) if recorded else _below_autograd(*args)
 
@@ -366,6 +371,7 @@ def plain_signature(tensors: Iterable[Tensor | None]) -> Signature | None:
         or _has_function_mode()
         or _top_transform() is not None
         or _has_autocast()
+        or forward_ad._current_level >= 0
     ):
         return None
     signature = []

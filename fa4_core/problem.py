@@ -21,6 +21,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEFAULT_RESCALE_THRESHOLD = 8.0
 MAX_RESCALE_THRESHOLD = 8.0
 UNBOUNDED = -1
+LARGEST = torch.finfo(torch.float32).max
 PAGE_MULTIPLE = 8
 
 
@@ -384,10 +385,10 @@ def _check_sink(sink: Meta, heads_q: int, device: torch.device) -> None:
 
 
 def check_numbers(scale: float, softcap: float, left: int, right: int, threshold: float) -> None:
-    if not (0.0 < scale < math.inf):
-        raise ValueError(f"softmax_scale: got {scale}, accepted are finite numbers > 0 or None")
-    if not (0.0 <= softcap < math.inf):
-        raise ValueError(f"softcap: got {softcap}, accepted are finite numbers >= 0 or None (0 and None: off)")
+    if not (0.0 < scale <= LARGEST):
+        raise ValueError(f"softmax_scale: got {scale}, accepted are finite numbers > 0, in float32 too, or None")
+    if not (0.0 <= softcap <= LARGEST):
+        raise ValueError(f"softcap: got {softcap}, accepted are finite numbers >= 0, in float32 too; 0 and None: off")
     for side, value in (("left", left), ("right", right)):
         if value < UNBOUNDED:
             raise ValueError(f"window: {side} is {value}, accepted are integers >= 0, and None or -1 for unbounded")

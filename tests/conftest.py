@@ -20,6 +20,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 from targets import INTERPRETED, KERNELS, TARGETS, Target
 
+from fa4_core import allocation
+
 _COMMON = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
@@ -46,6 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Under this setting torch.empty fills with NaN: a result element that a kernel forgets to write shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    # The faster allocation of results on CUDA devices would leave them as they are.
+    allocation._empty_strided_cuda = None
 
 
 def _targets(metafunc: pytest.Metafunc) -> list[Target]:

@@ -180,3 +180,17 @@ def test_activation_checkpointing(target):
     )
     again.sum().backward()
     assert torch.equal(q.grad, r.grad)
+
+
+@pytest.mark.parametrize("how", ["torch.func.jvp", "a dual level"])
+def test_forward_mode_differentiation_is_refused(how):
+    """PyTorch would otherwise take a tangent of zero for the answer."""
+    q, k, v, tangent = torch.randn(4, 1, 5, 2, 8, dtype=torch.float64)
+    if how == "torch.func.jvp":
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(lambda q: attention(q, k, v), (q,), (tangent,))
+        return
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            attention(torch.autograd.forward_ad.make_dual(q, tangent), k, v)
+        assert torch.equal(attention(q, k, v), attention(q, k, v, backend="reference"))
