@@ -100,7 +100,8 @@ def _choose(kinds: Kinds, device: torch.device, name: str) -> Backend:
             return backends.load(candidate)
         reasons.append(f"{candidate}: {why}")
     raise UnsupportedError(
-        f"no backend serves this problem on {device.type}: {'; '.join(reasons) or 'unknown device type'}"
+        f"no backend serves this problem on {device.type}: "
+        + ("; ".join(reasons) or "it has no kernels of ours; name backend='reference' for plain PyTorch")
     )
 
 
@@ -407,7 +408,7 @@ def _reason(name: str, chosen: str, kinds: Kinds, device: torch.device, requeste
         return why
     if requested != "auto":
         return f"backend={requested!r} was asked for"
-    if name not in AUTO_ORDER[device.type]:
+    if name not in AUTO_ORDER.get(device.type, ()):
         return f"could serve, but on {device.type} runs only when asked for by name"
     return f"could serve, but {chosen} comes first"
 

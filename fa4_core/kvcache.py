@@ -491,8 +491,8 @@ def _fake(*args) -> None:
 
 
 for _name in (_PLAIN, _SCORED):
-    _LIBRARY.impl(_name, _operator, "CPU")
-    _LIBRARY.impl(_name, _operator, "CUDA")
+    for _key in map(str.upper, ops.DEVICE_TYPES):
+        _LIBRARY.impl(_name, _operator, _key)
     torch.library.register_fake(f"fa4::{_name}", _fake, lib=_LIBRARY)
 
 

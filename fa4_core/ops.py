@@ -54,8 +54,9 @@ for _overload, _tags in (("", ()), (".scored", (torch.Tag.cudagraph_unsafe,))):
 _N_TENSORS = len(Inputs._fields)
 _VALUES_AT = _N_TENSORS + 2
 
-DEVICE_TYPES = ("cpu", "cuda")
-"""For calls on others, above all `meta`, the dispatcher finds who answers."""
+DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
+"""Where operators have kernels: everything runs on `reference`. For calls on others, above all `meta`, the dispatcher
+finds who answers."""
 
 Chooser = Callable[[Kinds, torch.device, str], Backend]
 
@@ -439,7 +440,7 @@ def _autocast_forward(op: Callable, key: str, *args):
 
 for _name in ("default", "scored"):
     _op, _backward_op = (getattr(o, _name) for o in (torch.ops.fa4.attention, torch.ops.fa4.attention_backward))
-    for _key in ("CPU", "CUDA"):
+    for _key in map(str.upper, DEVICE_TYPES):
         _LIBRARY.impl(_op, _operator, _key)
         _LIBRARY.impl(_backward_op, _backward_operator, _key)
         _autocast = f"Autocast{_key}"

@@ -176,6 +176,16 @@ def test_a_gpu_without_triton_raises_with_the_install_line(monkeypatch):
         fa4_triton._unavailable.cache_clear()
 
 
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_a_device_without_kernels_of_ours_runs_the_reference_where_it_is_named(device):
+    """No such device is needed: who is chosen, and that the operators have kernels there."""
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        dispatch._choose(kinds_of(), torch.device(device), "auto")
+    assert dispatch._choose(kinds_of(), torch.device(device), "reference").name == "reference"
+    for operator in ("attention", "attention_backward", "attention_with_kvcache"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fa4::{operator}", device.upper())
+
+
 def test_float64_on_a_gpu_raises_and_names_the_dtype(monkeypatch):
     monkeypatch.setattr(type(backends.load("triton")), "unavailable", lambda self, device: None)
     from fa4_core.problem import Inputs
