@@ -50,16 +50,19 @@ AUTO_ORDER = {"cuda": ("cute", "triton"), "cpu": ("reference",)}
 class Choice:
     """What `auto` (or the named backend) runs, and for each backend that does not run, why.
 
-    backward: the backend that computes the gradients, which need not be the forward's.
+    backward: the backend that computes the gradients, which need not be the forward's; None where it cannot, as
+    `reasons` says.
     """
 
     backend: str
     reasons: dict[str, str]
-    backward: str
+    backward: str | None
 
     def __str__(self) -> str:
         chosen = f"runs on {self.backend}"
-        if self.backward != self.backend:
+        if self.backward is None:
+            chosen += ", without gradients"
+        elif self.backward != self.backend:
             chosen += f", its gradients on {self.backward}"
         return "\n".join([chosen, *(f"not {name}: {why}" for name, why in self.reasons.items())])
 
@@ -398,7 +401,10 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options) -> Choice:
     chosen = backend.name
     others = (name for name in backends.MODULES if name != chosen)
     reasons = {name: _reason(name, chosen, kinds, device, requested) for name in others}
-    return Choice(chosen, reasons, backend.backward_backend or chosen)
+    backward = backend.backward_backend or chosen
+    if backward != chosen and _objection(backward, kinds, device) is not None:
+        backward = None
+    return Choice(chosen, reasons, backward)
 
 
 def _reason(name: str, chosen: str, kinds: Kinds, device: torch.device, requested: str) -> str:

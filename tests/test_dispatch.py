@@ -91,6 +91,16 @@ def test_explain_names_what_is_missing(picky):
     assert explain(Q, Q, Q, backend="picky").reasons["reference"] == "backend='picky' was asked for"
 
 
+def test_explain_says_whose_the_gradients_are_and_where_there_are_none(picky, monkeypatch):
+    picky.backward_backend = "reference"
+    assert str(explain(Q, Q, Q)).startswith("runs on picky, its gradients on reference\n")
+    monkeypatch.setattr(type(backends.load("reference")), "unavailable", lambda self, device: "is not there")
+    choice = explain(Q, Q, Q)
+    assert choice.backward is None
+    assert str(choice).startswith("runs on picky, without gradients\n")
+    assert choice.reasons["reference"] == "is not there"
+
+
 def test_explain_says_what_runs_only_when_asked_for_by_name(monkeypatch):
     monkeypatch.setattr(type(backends.load("triton")), "unavailable", lambda self, device: None)
     want = "could serve, but on cpu runs only when asked for by name"
