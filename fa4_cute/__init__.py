@@ -28,7 +28,7 @@ def _unavailable(device: torch.device) -> str | None:
         if importlib.util.find_spec(package) is None:
             return f"needs the package nvidia-cutlass-dsl; install it with: {INSTALL_LINE}"
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"runs on NVIDIA GPUs, q is on {device.type}"
+        return f"runs on NVIDIA GPUs, not on {device.type}"
     if kernels.architecture(device) is None:
         served = ", ".join(f"{major}.{minor}" for major, minor in kernels.ARCHITECTURES)
         have = ".".join(map(str, torch.cuda.get_device_capability(device)))

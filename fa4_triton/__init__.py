@@ -38,7 +38,7 @@ def _unavailable(device: torch.device) -> str | None:
     if interpreted():
         return None
     if device.type != "cuda":
-        return f"runs on CUDA devices, q is on {device.type} (TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
+        return f"runs on CUDA devices, not on {device.type} (TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         have = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return f"needs compute capability {'.'.join(map(str, MIN_CAPABILITY))} or later, the device has {have}"
