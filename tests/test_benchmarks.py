@@ -458,6 +458,17 @@ def test_results_of_another_machine_do_not_mix(sample, tmp_path):
         open_results(path, ENVIRONMENT | {"device": "Other"})
 
 
+@pytest.mark.parametrize(
+    "content", ["", "not JSON", "[]", "{}", '{"environment": 3, "rows": []}', '{"environment": {}}']
+)
+def test_a_file_that_is_no_result_file_is_named_and_kept(tmp_path, content):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="no result file of this harness"):
+        open_results(path, ENVIRONMENT)
+    assert path.read_text() == content
+
+
 def test_the_text_report_ends_with_ratios(sample):
     text = report.text(sample.rows)
     line = next(line for line in text.splitlines() if line.startswith("D128 H16/16 B1 S16384 causal bf16"))

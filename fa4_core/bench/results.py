@@ -119,10 +119,17 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Reads a result file."""
-        content = json.loads(path.read_text())
-        environment = content["environment"]
-        return cls(environment, environment.pop("runs"), content["rows"])
+        """Reads a result file.
+
+        Raises:
+            ValueError: the file is something else.
+        """
+        try:
+            content = json.loads(path.read_text())
+            environment = content["environment"]
+            return cls(environment, environment.pop("runs"), content["rows"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path}: no result file of this harness; name another one") from None
 
     def save(self, path: Path) -> None:
         """Writes the file, whole or not at all; runs that no row refers to any more are dropped."""
@@ -168,7 +175,7 @@ def open_results(path: Path, environment: dict[str, Any]) -> Results:
     """The results in `path`, to add to; new ones where there is no file.
 
     Raises:
-        ValueError: the file was measured on another device or with other versions.
+        ValueError: the file was measured on another device or with other versions, or is something else.
     """
     if not path.exists():
         return Results(environment)
