@@ -76,11 +76,14 @@ def _launch(plan: _Plan, device: torch.device, grid: int, arguments: Arguments, 
 
 
 @functools.cache
-def _programs(device: torch.device, per_multiprocessor: int) -> int:
-    """Programs that share the work of a decode. Results do not depend on it."""
+def _teams(device: torch.device, per_multiprocessor: int, heads_kv: int) -> int:
+    """Teams of programs, one for each KV head, that share the work of a decode. Results do not depend on it.
+
+    per_multiprocessor: programs that one holds.
+    """
     if device.type != "cuda":
-        return 3  # interpreted or emulated: enough that a sequence's chunks meet several programs
-    return per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count
+        return 3  # interpreted or emulated: enough that a sequence's chunks meet several teams
+    return max(1, per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count // heads_kv)
 
 
 def _stride(meta: tuple | None) -> Stride | None:
@@ -178,7 +181,7 @@ def _make_call(
         most_tiles = _most_tiles(problem, tile.n)
         slots = num_splits or min(MOST_CHUNKS, most_tiles)
         n_parts, n_arrivals = pairs * slots * packed * (kinds.head_dim_v + 2), pairs
-        teams = min(max(1, _programs(device, tile.programs) // heads_kv), problem.batch * slots)
+        teams = min(_teams(device, tile.programs, heads_kv), problem.batch * slots)
         grid = teams * heads_kv if packed else 0
     else:
         # A sequence may end within a block.

@@ -125,7 +125,7 @@ def test_a_row_depends_on_its_own_sequence_alone_bit_for_bit(target, dtype):
             assert all(torch.equal(a[0], t[b]) for a, t in zip(alone, together)), (b, layout)
 
 
-def test_the_number_of_programs_changes_no_bit(target, monkeypatch):
+def test_the_number_of_teams_changes_no_bit(target, monkeypatch):
     """It follows from the GPU; which chunks meet in a program, and who merges last, follow from it."""
     if target.backend != "triton":
         pytest.skip("the reference has no programs")
@@ -133,8 +133,8 @@ def test_the_number_of_programs_changes_no_bit(target, monkeypatch):
 
     q, k, v, used = a_problem(target, lengths=(150, 33, 0) if target.interpreted else (3000, 33, 0))
     results = []
-    for programs in (1, 2, 5) if target.interpreted else (1, 2, 5, 97, 1000):
-        monkeypatch.setattr(decode_launch, "_programs", lambda device, share, programs=programs: programs)
+    for teams in (1, 2, 5) if target.interpreted else (1, 2, 5, 97, 1000):
+        monkeypatch.setattr(decode_launch, "_teams", lambda *_, teams=teams: teams)
         decode_launch.forget()
         results.append(ThroughCache(target, Layout())(q, k, v, seqused_k=used))
     decode_launch.forget()
@@ -149,7 +149,7 @@ def test_sequences_alike_are_dealt_whole_and_merged_by_nobody(target, monkeypatc
     from fa4_triton import decode_launch
 
     tile = 16 if target.interpreted else 64
-    monkeypatch.setattr(decode_launch, "_programs", lambda device, share: 4)  # two teams of the two KV heads
+    monkeypatch.setattr(decode_launch, "_teams", lambda *_: 2)
     written = []
     for tiles in ((20, 20, 21, 20), (20, 20, 30, 20)):
         parts = []
