@@ -513,16 +513,17 @@ def attention_decode(
     for which in range(2):
         if which == 0:
             there = (first_tile > 0) & (n_tiles > 0)
-            number = first_sequence.to(tl.int64) * heads_kv + head_kv
+            batch = first_sequence
             end = tl.minimum(first_tile + n_tiles, first_tiles)
             arrived = (end + first_chunk - 1) // first_chunk - first_tile // first_chunk
             chunks = (first_tiles + first_chunk - 1) // first_chunk
         else:
             there = (tile > 0) & (n_tiles > 0) & (inherited == 0)
-            number = sequence.to(tl.int64) * heads_kv + head_kv
+            batch = sequence
             arrived = ended
             chunks = (keys.tiles + keys.chunk - 1) // keys.chunk
         if there:
+            number = batch.to(tl.int64) * heads_kv + head_kv
             news = arrived
             if which == 1:
                 store_part(splits, pairs, number, 0, row, n_rows, whole, DIM_V, DV)
@@ -531,7 +532,6 @@ def attention_decode(
             news += tl.atomic_add(splits.arrivals + number, news, sem="acq_rel", scope="gpu")
             if news % HELD == chunks:
                 tl.store(splits.arrivals + number, 0)
-                batch = (number // heads_kv).to(tl.int32)
                 scale_v = descale_of(v, v_descale, batch, head_kv)
                 for begin in range(0, n_rows, MERGED):
                     part_row = begin + tl.arange(0, MERGED)
