@@ -13,6 +13,7 @@ from fa4_core import backends
 from fa4_core.allocation import allocator
 from fa4_core.lasting import make_lasting
 from fa4_core.problem import Inputs, Kinds, Problem
+from fa4_core.reserve import Reserve
 from fa4_cute import kernels
 
 ALIGNMENT = 16
@@ -21,6 +22,8 @@ SECTION_BYTES = 32 * 2**20
 """Keys and values that one section of heads may hold, of the 50 MB of L2 (`schedule`); measured on an H100."""
 COUNTED = 2**30
 """Rows and work items that kernels can number: sums of two stay within 32 bits."""
+CAPTURED = 2**14
+"""Counters kept ready for launches in CUDA graphs, two a launch: 64 KiB."""
 LOG2_E = math.log2(math.e)
 
 Run = Callable[..., tuple[Tensor, Tensor]]
@@ -141,13 +144,22 @@ def _section(problem: Problem, tiles: int, packed: int, sms: int) -> int:
 def _counter(device: torch.device) -> Tensor:
     """The counter that blocks draw work items from, zeros.
 
-    A launch leaves it as it found it, and launches on one stream follow one another, so a stream has one. A CUDA graph
-    gets one of its own, since it may run on any stream beside others.
+    A launch leaves it as it found it, and launches on one stream follow one another, so a stream has one. A launch in a
+    CUDA graph gets one of its own, since the graph may run on any stream beside others.
     """
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    stream, reserve = torch._C._cuda_getCurrentRawStream(device.index), _reserve(device)
     if stream and torch._C._cuda_isCurrentStreamCapturing():  # PyTorch refuses to capture the default stream
-        return torch.zeros(2, dtype=torch.int32, device=device)
+        taken = reserve.take(2)
+        return torch.zeros(2, dtype=torch.int32, device=device) if taken is None else taken
+    if reserve.is_low:
+        reserve.fill()
     return _stream_counter(device, stream)
+
+
+@functools.lru_cache(maxsize=64)
+def _reserve(device: torch.device) -> Reserve:
+    """For captured launches; empty where the first call of a process is one."""
+    return Reserve(device, CAPTURED)
 
 
 @functools.lru_cache(maxsize=256)

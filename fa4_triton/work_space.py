@@ -15,50 +15,10 @@ import torch
 from torch import Tensor
 
 from fa4_core.lasting import make_lasting
+from fa4_core.reserve import Reserve
 
 ARRIVALS = 2**18
 """Counters that a stream's work space holds at first, and what is kept ready for captures: 1 MiB each."""
-
-
-class Reserve:
-    """Zeroed counters for captured launches, each of which keeps its own: graphs may run beside anything else.
-
-    Zeroing them in the graph would cost every replay some 2 microseconds a launch. They are made outside of captures,
-    ahead, and never given back: a graph's launch holds its counters for as long as the graph may live.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._kept: list[Tensor] = []
-        self._lock = threading.Lock()
-        self.free = torch.empty(0, dtype=torch.int32, device=device)
-
-    @property
-    def is_low(self) -> bool:
-        """Whether `fill` would make new counters."""
-        return self.free.numel() < ARRIVALS // 2
-
-    def fill(self) -> None:
-        """Makes new counters where few are left. What was taken before stays: a graph has nothing but its address."""
-        with self._lock:
-            if self.is_low:
-                self.free = make_lasting(self._zeros, self._device)
-                self._kept.append(self.free)
-
-    def _zeros(self) -> Tensor:
-        zeros = torch.zeros(ARRIVALS, dtype=torch.int32, device=self._device)
-        if self._device.type == "cuda":
-            # Once in many captures: no replay, on whatever stream, may come before the zeros.
-            torch.cuda.current_stream(self._device).synchronize()
-        return zeros
-
-    def take(self, n: int) -> Tensor | None:
-        """n counters that nobody else gets, or None where so many are not left."""
-        with self._lock:
-            if n > self.free.numel():
-                return None
-            taken, self.free = self.free[:n], self.free[n:]
-            return taken
 
 
 class _Space(NamedTuple):
@@ -113,7 +73,7 @@ def _grow(n_parts: int, n_arrivals: int, device: torch.device, stream: int) -> _
     with _growing:
         reserve = _reserves.get(device)
         if reserve is None:
-            reserve = _reserves[device] = Reserve(device)
+            reserve = _reserves[device] = Reserve(device, ARRIVALS)
         reserve.fill()
         space = _spaces.get((device, stream))
         if space is None or not _holds(space, n_parts, n_arrivals):

@@ -125,15 +125,22 @@ def test_which_counter_a_stream_gets(monkeypatch, capturing):
     stream = 0
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: stream, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: capturing and stream != 0, raising=False)
-    launch._stream_counter.cache_clear()
+    kept = (launch._stream_counter, launch._reserve)
+    for each in kept:
+        each.cache_clear()
     device, found = torch.device("cpu"), {}
-    for stream in (0, 7):
+    for stream in (7, 0, 7) if capturing else (0, 7):
         found[stream] = launch._counter(device), launch._counter(device)
         assert all(counter.tolist() == [0, 0] for counter in found[stream])
-    launch._stream_counter.cache_clear()
+    reserved = {t.untyped_storage().data_ptr() for t in launch._reserve(device)._kept}
+    for each in kept:
+        each.cache_clear()
     assert found[0][0] is found[0][1]
-    assert (found[7][0] is found[7][1]) == (not capturing)
-    assert found[7][0] is not found[0][0]
+    places = [counter.data_ptr() for counter in found[7]]
+    assert (places[0] == places[1]) == (not capturing)
+    assert found[0][0].data_ptr() not in places
+    # Zeroed ahead, once an eager call has been: a graph has no kernel to zero them.
+    assert {counter.untyped_storage().data_ptr() in reserved for counter in found[7]} == {capturing}
 
 
 @pytest.mark.parametrize(("capability", "arch"), [((9, 0), "sm_90a"), ((10, 0), "sm_100a"), ((10, 3), "sm_103a")])

@@ -17,12 +17,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dispatch import attention_with_kvcache
+from fa4_core import reserve as reserves
 from fa4_core.lasting import make_lasting
+from fa4_core.reserve import Reserve
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from fa4_triton import decode_launch, work_space
-from fa4_triton.work_space import ARRIVALS, Reserve
+from fa4_triton.work_space import ARRIVALS
 
 CPU = torch.device("cpu")
 
@@ -45,12 +47,13 @@ def slow_memory(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(work_space, "make_lasting", make)
+    monkeypatch.setattr(reserves, "make_lasting", make)
     return made
 
 
 def test_the_counters_of_a_captured_launch_stay_its_own_when_the_reserve_is_filled_again():
     """A graph holds their address alone: freed, they would be another tensor's memory at the next replay."""
-    reserve = Reserve(torch.device("cpu"))
+    reserve = Reserve(CPU, ARRIVALS)
     reserve.fill()
     taken = reserve.take(ARRIVALS // 2 + 1)
     assert not taken.any()
@@ -76,7 +79,7 @@ class Slow:
 
 def test_no_two_captured_launches_share_a_counter():
     """Two threads that capture at once take from one reserve; graphs that run at once would count together."""
-    reserve = Reserve(CPU)
+    reserve = Reserve(CPU, ARRIVALS)
     reserve.fill()
     reserve.free = Slow(reserve.free)
     taken = at_once([lambda n=n: [(reserve.take(n).data_ptr(), n) for _ in range(3)] for n in (7, 1, 30, 12)])
