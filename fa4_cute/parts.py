@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import cutlass
 import cutlass.cute as cute
+from cutlass import Int32, const_expr
+
+from fa4_cute.ranges import Span
 
 
 class Maps(NamedTuple):
@@ -27,3 +31,19 @@ class Outputs(NamedTuple):
     lse: cute.Tensor
     counter: cute.Tensor | None
     counts: cute.Tensor | None
+
+
+@cute.jit
+def count_row(
+    counts: cute.Tensor,
+    varlen: cutlass.Constexpr[bool],
+    row: Int32,
+    head: Int32,
+    batch: Int32,
+    span: Span,
+    skips: Int32,
+):
+    """For tests: key tiles visited and rescales skipped of a row, whose thread calls it."""
+    of_row = counts[head, row, None] if const_expr(varlen) else counts[batch, head, row, None]
+    of_row[0] = span.end - span.begin
+    of_row[1] = skips

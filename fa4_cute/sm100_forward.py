@@ -66,7 +66,7 @@ from fa4_core.problem import Kinds
 from fa4_cute import sm100_config as roles
 from fa4_cute.kernels import drawn
 from fa4_cute.params import DTYPES, Values, by_head, statistic_by_head
-from fa4_cute.parts import Maps, Outputs
+from fa4_cute.parts import Maps, Outputs, count_row
 from fa4_cute.pipelines import Cursor, Ring
 from fa4_cute.ranges import Window, visible_keys
 from fa4_cute.schedule import Extent, Lengths
@@ -79,14 +79,13 @@ from fa4_cute.sm100_rows import (
     exponentiate,
     follow,
     hide,
-    pack,
     row_max,
     scale_and_shift,
     total_of,
 )
 from fa4_cute.sm100_scheduler import ITEM_READERS, Scheduler, read_item
 from fa4_cute.sm100_tmem import TmemRows
-from fa4_cute.softmax import LOG2_E, finish, tanh
+from fa4_cute.softmax import LOG2_E, finish, pack, tanh
 from fa4_cute.views import RAGGED_ROWS, boxes, fixed, heads_packed, opaque, ragged, slots_apart
 
 IN_USE = 2
@@ -671,7 +670,7 @@ class Sm100Forward:
                 if place.use > 0:
                     outputs.lse[place.row, place.head, place.batch] = lse
                     if const_expr(self.counted):
-                        self._count(outputs, span, place, skips)
+                        count_row(outputs.counts, self.kinds.varlen, place.row, place.head, place.batch, span, skips)
             item = read_item(shared, rings, at, i)
 
     def _next_s(self, rings, s_at):
@@ -738,16 +737,6 @@ class Sm100Forward:
         cute.arch.fence_view_async_tmem_store()
         rings.p_rest.publish(s_at)
         return pivot, total_of(sums), skips
-
-    @cute.jit
-    def _count(self, outputs, span, place, skips):
-        """For tests: key tiles visited and rescales skipped of the thread's row."""
-        if const_expr(self.kinds.varlen):
-            row = outputs.counts[place.head, place.row, None]
-        else:
-            row = outputs.counts[place.batch, place.head, place.row, None]
-        row[0] = span.end - span.begin
-        row[1] = skips
 
     # Correction ------------------------------------------------------------------------------------------------------
 

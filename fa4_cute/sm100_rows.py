@@ -14,6 +14,7 @@ from cutlass._mlir.dialects import nvvm
 
 from fa4_cute.exp2 import exp2_pair
 from fa4_cute.sm100_config import FRAGMENT, Exp2Share
+from fa4_cute.softmax import pack
 
 
 def _max3(a: Float32, b: Float32, c: Float32) -> Float32:
@@ -116,12 +117,4 @@ def _ones_from(bit: Int32) -> Int32:
     """A word whose bits from `bit` on are set; all of them for a negative `bit`, none from 32 on."""
     return cute.arch.inline_ptx(
         "shl.b32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[Int32(-1), cutlass.max(bit, 0)]
-    )
-
-
-def pack(low: Float32, high: Float32, dtype: Any) -> Int32:
-    """Two floats rounded to 16 bits in one word, the first in the low half."""
-    name = "bf16x2" if dtype is cutlass.BFloat16 else "f16x2"
-    return cute.arch.inline_ptx(
-        f"cvt.rn.{name}.f32 {{$w0}}, {{$r1}}, {{$r0}};", write_only_types=[Int32], read_only_args=[low, high]
     )

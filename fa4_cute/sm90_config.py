@@ -16,6 +16,9 @@ SHARED_LIMIT = 232448
 """Bytes of shared memory that a block may have on SM90."""
 REGISTERS = 65536
 """Registers of an SM."""
+TURN_BARRIER, EPILOGUE_BARRIER, RAGGED_BARRIER = 1, 5, 9
+"""Named barriers: the first by which warpgroups take turns, each one's of its own at an item's end, and all consumers'
+behind a sequence's last keys. Barrier 0 is the block's."""
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -78,6 +81,11 @@ class Sm90Config:
         return self.tile_m // self.packed
 
     @property
+    def group_positions(self) -> int:
+        """Query positions of a consumer warpgroup."""
+        return self.positions // self.warpgroups
+
+    @property
     def threads(self) -> int:
         """Threads of a block: the consumers and the warpgroup of the load and scheduler warps."""
         return WARPGROUP * (self.warpgroups + 1)
@@ -94,6 +102,16 @@ class Sm90Config:
     def own_columns(self) -> int:
         """Columns of the output that have shared memory of their own: all with two Q slots, 0 where they take Q's."""
         return self.head_dim_v if self.q_slots > 1 else self.out_columns
+
+    @property
+    def out_in_q(self) -> bool:
+        """Whether the output passes through Q's shared memory."""
+        return not self.own_columns
+
+    @property
+    def store_columns(self) -> int:
+        """Columns of the output that leave together."""
+        return self.own_columns or self.head_dim_v
 
     @property
     def shared_bytes(self) -> int:

@@ -8,9 +8,11 @@ rescale; the pivot cancels in O / row_sum and in the LSE. See docs/semantics.md.
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -68,3 +70,11 @@ def tanh(x: Float32) -> Float32:
     square = x * x
     series = x * (square * (square * (2 / 15) - 1 / 3) + 1.0)
     return bent if square > 0.01 else series
+
+
+def pack(low: Float32, high: Float32, dtype: Any) -> Int32:
+    """Two weights, or elements of the output, rounded to 16 bits in one word, the first in the low half."""
+    name = "bf16x2" if dtype is cutlass.BFloat16 else "f16x2"
+    return cute.arch.inline_ptx(
+        f"cvt.rn.{name}.f32 {{$w0}}, {{$r1}}, {{$r0}};", write_only_types=[Int32], read_only_args=[low, high]
+    )
