@@ -143,6 +143,23 @@ class Sm100Config:
         """Q tiles in flight: two in turns, or one, whose O leaves no room for another and whose S has two places."""
         return 1 if self.head_dim_v > 128 else 2
 
+    @property
+    def mma_tiles(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """(rows, columns, inner) of S = Q K^T and of O = P V, over both CTAs of a pair."""
+        rows = self.ctas * self.tile_m
+        return (rows, self.tile_n, self.head_dim), (rows, self.head_dim_v, self.tile_n)
+
+    @property
+    def mma_parts(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """`mma_tiles` of one part of K and of V, which a slot holds."""
+        tile_s, tile_o = self.mma_tiles
+        return (*tile_s[:2], tile_s[2] // self.k_parts), (*tile_o[:2], tile_o[2] // self.v_parts)
+
+    @property
+    def store_tile(self) -> tuple[int, int]:
+        """Rows and columns of an O tile as one CTA stores it."""
+        return self.tile_m, self.head_dim_v
+
     # Tensor memory, in columns of 32 bits. P lies in the second half of S: it is written when S has been read.
     @property
     def s_columns(self) -> tuple[int, ...]:

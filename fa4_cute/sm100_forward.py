@@ -7,9 +7,9 @@ slot of `kv` is a part of a tile.
 
 Roles (warps; what they wait for and what they signal is in their docstrings):
 
-- scheduler (15): finds the block's work items and publishes them one at a time;
+- scheduler (15, in `sm100_scheduler`): finds the block's work items and publishes them one at a time;
 - load (14): Q, K and V by TMA;
-- MMA (12): S = Q K^T and O += P V, into tensor memory;
+- MMA (12, in `sm100_mma`): S = Q K^T and O += P V, into tensor memory;
 - softmax (0 to 3 and 4 to 7, one warpgroup a Q tile, one thread a row): S to P in tensor memory, the row's statistics;
 - correction (8 to 11, one thread a row of both Q tiles): rescales O in tensor memory where a row of the warp moved its
   pivot by more than the threshold, which on most tiles none does, and turns the last O into the output;
@@ -58,9 +58,8 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.utils.blackwell_helpers as blackwell
 from cutlass import Float32, Int32, Int64, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
+from cutlass.cute.nvgpu import cpasync
 
 from fa4_core.problem import Kinds
 from fa4_cute import sm100_config as roles
@@ -71,22 +70,15 @@ from fa4_cute.pipelines import Cursor, Ring
 from fa4_cute.ranges import Window, visible_keys
 from fa4_cute.schedule import Extent, Lengths
 from fa4_cute.sm100_config import FRAGMENT, ITEM_WORDS, Exp2Share, Sm100Config, config_for
-from fa4_cute.sm100_parts import Operands, Place, Rings, Shared, SoftmaxState
+from fa4_cute.sm100_mma import Multiplier
+from fa4_cute.sm100_parts import Place, Rings, Shared, SoftmaxState
 from fa4_cute.sm100_rings import MmaRing, Signal, lap_of, slot_of
-from fa4_cute.sm100_rows import (
-    add_up,
-    bias,
-    exponentiate,
-    follow,
-    hide,
-    row_max,
-    scale_and_shift,
-    total_of,
-)
+from fa4_cute.sm100_rows import add_up, bias, exponentiate, follow, hide, row_max, scale_and_shift, total_of
 from fa4_cute.sm100_scheduler import ITEM_READERS, Scheduler, read_item
+from fa4_cute.sm100_tiles import at_place, cta_group, rank_in_pair, shared_layouts, tiled_mmas
 from fa4_cute.sm100_tmem import TmemRows
 from fa4_cute.softmax import LOG2_E, finish, pack, tanh
-from fa4_cute.views import RAGGED_ROWS, boxes, fixed, heads_packed, opaque, ragged, slots_apart
+from fa4_cute.views import RAGGED_ROWS, boxes, fixed, heads_packed, opaque, ragged
 
 IN_USE = 2
 """`Place.use` of a row that takes part."""
@@ -159,16 +151,16 @@ class Sm100Forward:
         # V is the second operand of P V, whose rows are head dimensions.
         m_v_tma = cute.make_tensor(m_v_tma.iterator, cute.select(m_v_tma.layout, [1, 0, *range(2, cute.rank(m_v_tma))]))
         m_q, m_o_tma = heads_packed(m_q, config.packed), heads_packed(m_o_tma, config.packed)
-        mma_s, mma_o = self._mmas()
-        layout_q, layout_k, layout_v, layout_o = self._shared_layouts(mma_s, mma_o)
-        load, store = cpasync.CopyBulkTensorTileG2SOp(self._cta_group), cpasync.CopyBulkTensorTileS2GOp()
-        (tile_s, _), (part_s, part_o) = self._mma_tiles(), self._mma_parts()
+        mma_s, mma_o = tiled_mmas(self.dtype, config)
+        layout_q, layout_k, layout_v, layout_o = shared_layouts(self.dtype, config, mma_s, mma_o)
+        load, store = cpasync.CopyBulkTensorTileG2SOp(cta_group(config)), cpasync.CopyBulkTensorTileS2GOp()
+        (tile_s, _), (part_s, part_o) = config.mma_tiles, config.mma_parts
         cluster, slot = (config.ctas, 1, 1, 1), [0, 1, 2]
         maps = Maps(
             *cute.nvgpu.make_tiled_tma_atom_A(load, m_q, cute.select(layout_q, slot), tile_s, mma_s, cluster),
             *cute.nvgpu.make_tiled_tma_atom_B(load, m_k, cute.select(layout_k, slot), part_s, mma_s, cluster),
             *cute.nvgpu.make_tiled_tma_atom_B(load, m_v_tma, cute.select(layout_v, slot), part_o, mma_o, cluster),
-            *cpasync.make_tiled_tma_atom(store, m_o_tma, cute.select(layout_o, [0, 1]), self._store_tile()),
+            *cpasync.make_tiled_tma_atom(store, m_o_tma, cute.select(layout_o, [0, 1]), config.store_tile),
         )
         self.kernel(
             maps,
@@ -185,49 +177,6 @@ class Sm100Forward:
             min_blocks_per_mp=1,
         )
 
-    def _mma_tiles(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """(rows, columns, inner) of S = Q K^T and of O = P V, over both CTAs of a pair."""
-        config = self.config
-        rows = config.ctas * config.tile_m
-        return (rows, config.tile_n, config.head_dim), (rows, config.head_dim_v, config.tile_n)
-
-    def _mma_parts(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """`_mma_tiles` of one part of K and of V, which a slot holds."""
-        config, (tile_s, tile_o) = self.config, self._mma_tiles()
-        return (*tile_s[:2], tile_s[2] // config.k_parts), (*tile_o[:2], tile_o[2] // config.v_parts)
-
-    def _store_tile(self) -> tuple[int, int]:
-        """Rows and columns of an O tile as one CTA stores it."""
-        return self.config.tile_m, self.config.head_dim_v
-
-    @property
-    def _cta_group(self) -> tcgen05.CtaGroup:
-        return tcgen05.CtaGroup.TWO if self.config.ctas == 2 else tcgen05.CtaGroup.ONE
-
-    def _mmas(self) -> tuple[cute.TiledMma, cute.TiledMma]:
-        """S = Q K^T from shared memory, and O = P V with P from tensor memory."""
-        k_major, mn_major, group = OperandMajorMode.K, OperandMajorMode.MN, self._cta_group
-        make, kind = blackwell.make_trivial_tiled_mma, (self.dtype, self.dtype)
-        tile_s, tile_o = self._mma_tiles()
-        mma_s = make(*kind, k_major, k_major, Float32, group, tile_s[:2])
-        mma_o = make(*kind, k_major, mn_major, Float32, group, tile_o[:2], tcgen05.OperandSource.TMEM)
-        return mma_s, mma_o
-
-    def _shared_layouts(self, mma_s, mma_o):
-        """Swizzled tiles of Q and O, parts of K and V; slots in the last mode, those of K and V equally far apart."""
-        config = self.config
-        (tile_s, _), (part_s, part_o) = self._mma_tiles(), self._mma_parts()
-        apart = config.slot_bytes // 2
-        layout_q = blackwell.make_smem_layout_a(mma_s, tile_s, self.dtype, config.q_tiles)
-        layout_k = blackwell.make_smem_layout_b(mma_s, part_s, self.dtype, config.kv_slots)
-        layout_v = blackwell.make_smem_layout_b(mma_o, part_o, self.dtype, config.kv_slots)
-        row_major = cutlass.utils.LayoutEnum.ROW_MAJOR
-        layout_o = blackwell.make_smem_layout_epi(self.dtype, row_major, self._store_tile(), config.q_tiles)
-        if config.o_replaces_q:
-            layout_o = slots_apart(layout_o, config.q_tiles, config.q_bytes // 2)
-        slots = config.kv_slots
-        return layout_q, slots_apart(layout_k, slots, apart), slots_apart(layout_v, slots, apart), layout_o
-
     @cute.kernel
     def kernel(
         self,
@@ -240,8 +189,8 @@ class Sm100Forward:
     ):
         config = self.config
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        mma_s, mma_o = self._mmas()
-        layout_q, layout_k, layout_v, layout_o = self._shared_layouts(mma_s, mma_o)
+        mma_s, mma_o = tiled_mmas(self.dtype, config)
+        layout_q, layout_k, layout_v, layout_o = shared_layouts(self.dtype, config, mma_s, mma_o)
 
         memory = cutlass.utils.SmemAllocator()
         barriers = memory.allocate_array(Int64, config.barriers)
@@ -297,11 +246,7 @@ class Sm100Forward:
                 cute.arch.alloc_tmem(roles.TMEM_COLUMNS, tmem_address, is_two_cta=config.ctas == 2)
                 cute.arch.sync_warp()
                 address = cute.arch.retrieve_tmem_ptr(Float32, 16, tmem_address)
-                operands = self._operands(mma_s, mma_o, shared, address)
-                if const_expr(config.q_tiles == 1):
-                    self.multiply_one(operands, shared, rings)
-                else:
-                    self.multiply(operands, shared, rings)
+                Multiplier(self.kinds, config).run(mma_s, mma_o, shared, rings, address)
                 cute.arch.relinquish_tmem_alloc_permit(is_two_cta=config.ctas == 2)
             elif warp == roles.STORE_WARP:
                 self.store(maps, shared, rings)
@@ -324,16 +269,10 @@ class Sm100Forward:
         else:
             cute.arch.sync_threads()
 
-    def _rank(self) -> Int32:
-        """The block's place in its pair; block 0 issues the MMAs of both."""
-        return cute.arch.block_idx_in_cluster() if self.config.ctas > 1 else Int32(0)
-
     @cute.jit
     def _batch(self, work):
         """The batch element in tensors, which the packed layout has one of."""
         return Int32(0) if const_expr(self.kinds.varlen) else work.batch
-
-    # Load ------------------------------------------------------------------------------------------------------------
 
     @cute.jit
     def load(self, mma_s, mma_o, maps, shared, rings):
@@ -345,7 +284,7 @@ class Sm100Forward:
         config = self.config
         for atom in (maps.q, maps.k, maps.v, maps.out):
             cpasync.prefetch_descriptor(atom)
-        rank = self._rank()
+        rank = rank_in_pair(config)
         thr_s, thr_o = mma_s.get_slice(rank), mma_o.get_slice(rank)
         rows = config.ctas * config.tile_m
         at, kv_at, q_laps = rings.items.start(), rings.kv.start(), Int32(0)
@@ -411,209 +350,10 @@ class Sm100Forward:
     @cute.jit
     def _load(self, ring, at, atom, source, target, size: cutlass.Constexpr[int]):
         ring.acquire(at)
-        if self._rank() == 0:
+        if rank_in_pair(self.config) == 0:
             with cute.arch.elect_one():
                 ring.expect(at, size * self.config.ctas)
         cute.copy(atom, source, target[None, at.index], tma_bar_ptr=ring.full_barrier(at))
-
-    # MMA -------------------------------------------------------------------------------------------------------------
-
-    @cute.jit
-    def multiply(self, operands, shared, rings):
-        """The MMA warp. Waits for Q, K and V, and for P with O rescaled; commits complete `s`, `o` and the empty slots.
-
-        In turns over the Q tiles, O += P V of key tile n, then S of key tile n - 1, which may overwrite that P: MMAs of
-        one thread run in order. At an item's end S of the next item takes the place of S of tile n - 1.
-        """
-        config, kv = self.config, rings.kv
-        k_parts, v_parts = config.k_parts, config.v_parts
-        rank = self._rank()
-        # Edges of a window shift from one Q tile to the next: the upper one begins later, the lower one ends earlier.
-        left, right = self.kinds.window_left, self.kinds.window_right
-        at, kv_at, q_laps, s_laps = rings.items.start(), rings.kv.start(), Int32(0), Int32(0)
-        item = read_item(shared, rings, at)
-        at = rings.items.next(at)
-        while rank > 0 and item.valid:  # block 0 of a pair multiplies for both
-            item = read_item(shared, rings, at)
-            at = rings.items.next(at)
-        if item.valid:
-            kv.wait_parts(kv_at, k_parts)
-            for i in cutlass.range_constexpr(config.q_tiles):
-                q_laps = self._scores(operands, rings, i, item.span(i), item.end - 1, kv_at, q_laps, True)
-            kv_at = kv.release_parts(kv_at, k_parts)
-        while item.valid:
-            for n in cutlass.range(item.end - item.begin - 1, unroll=1):
-                tile = item.end - 1 - n
-                k_at = kv.wait_parts(kv_at, v_parts)
-                for i in cutlass.range_constexpr(config.q_tiles):
-                    s_laps = self._values(operands, rings, i, item.span(i), tile, kv_at, s_laps, left and i == 1)
-                    if const_expr(i == 0):
-                        kv.wait_parts(k_at, k_parts)
-                    else:
-                        kv.release_parts(kv_at, v_parts)
-                    q_laps = self._scores(operands, rings, i, item.span(i), tile - 1, k_at, q_laps, right and i == 0)
-                kv_at = kv.release_parts(k_at, k_parts)
-            done = item
-            if const_expr(not config.o_replaces_q):
-                for i in cutlass.range_constexpr(config.q_tiles):
-                    if done.span(i).begin < done.span(i).end:
-                        rings.q.release_by_mma(i)
-            item = read_item(shared, rings, at)
-            at = rings.items.next(at)
-            k_at = kv.wait_parts(kv_at, v_parts)
-            for i in cutlass.range_constexpr(config.q_tiles):
-                s_laps = self._values(operands, rings, i, done.span(i), done.begin, kv_at, s_laps, True)
-                if const_expr(not config.o_replaces_q):
-                    if item.valid:
-                        if const_expr(i == 0):
-                            kv.wait_parts(k_at, k_parts)
-                        q_laps = self._scores(operands, rings, i, item.span(i), item.end - 1, k_at, q_laps, True)
-            kv_at = kv.release_parts(kv_at, v_parts)
-            if item.valid:
-                if const_expr(config.o_replaces_q):  # Q is not there before both Os have left its place
-                    kv.wait_parts(k_at, k_parts)
-                    for i in cutlass.range_constexpr(config.q_tiles):
-                        q_laps = self._scores(operands, rings, i, item.span(i), item.end - 1, k_at, q_laps, True)
-                kv_at = kv.release_parts(k_at, k_parts)
-
-    @cute.jit
-    def multiply_one(self, operands, shared, rings):
-        """As `multiply`, for a single Q tile: S of key tile n - 1, into its other place, then O += P V of tile n.
-
-        So the tensor cores work on the next S while softmax works on this one. K and V are let go of part by part.
-        """
-        at, kv_at, s_at, q_laps = rings.items.start(), rings.kv.start(), rings.s.start(), Int32(0)
-        item = read_item(shared, rings, at)
-        while item.valid:
-            at = rings.items.next(at)
-            rings.q.wait(slot_of(0, q_laps))
-            q_laps = lap_of(0, q_laps)
-            kv_at = self._issue_s(operands, rings, 0, s_at.index, kv_at)
-            for n in cutlass.range(item.end - item.begin - 1, unroll=1):
-                following = rings.s.next(s_at)
-                kv_at = self._issue_s(operands, rings, 0, following.index, kv_at)
-                kv_at = self._issue_o(operands, rings, 0, s_at, kv_at, n > 0)
-                rings.o.publish_by_mma(s_at.index)
-                s_at = following
-            kv_at = self._issue_o(operands, rings, 0, s_at, kv_at, item.end - item.begin > 1)
-            rings.o.publish_by_mma(s_at.index)
-            s_at = rings.s.next(s_at)
-            item = read_item(shared, rings, at)
-
-    def _operands(self, mma_s, mma_o, shared, tmem):
-        """Descriptors of shared memory and addresses of tensor memory, as the MMAs take them.
-
-        tmem: where tensor memory starts. It is column 0, but as a constant it would take two instructions an operand.
-        """
-        config = self.config
-        tile_s, tile_o = self._mma_tiles()
-        s = mma_s.make_fragment_C(mma_s.partition_shape_C(tile_s[:2]))
-        o = mma_o.make_fragment_C(mma_o.partition_shape_C(tile_o[:2]))
-        layout_p = blackwell.make_smem_layout_a(mma_o, tile_o, self.dtype, 1)
-        p = mma_o.make_fragment_A(cute.make_tensor(s.iterator, layout_p.outer))[None, None, None, 0]
-        return Operands(
-            mma_s.make_fragment_A(shared.q),
-            mma_s.make_fragment_B(shared.k),
-            mma_o.make_fragment_B(shared.v),
-            [cute.make_tensor(tmem + column, s.layout) for column in config.s_columns],
-            [
-                cute.make_tensor(cute.recast_ptr(tmem + column + config.p_offset, dtype=self.dtype), p.layout)
-                for column in config.s_columns
-            ],
-            [cute.make_tensor(tmem + column, o.layout) for column in config.o_columns],
-        )
-
-    @cute.jit
-    def _scores(
-        self, operands, rings, i: cutlass.Constexpr[int], span, tile, k_at, q_laps, first: cutlass.Constexpr[bool]
-    ):
-        """S of Q tile i and a key tile, if the Q tile visits it; returns `q`'s laps.
-
-        first: whether it may be the first that the Q tile visits.
-        """
-        if tile >= span.begin and tile < span.end:
-            if const_expr(first):
-                if tile == span.end - 1:
-                    rings.q.wait(slot_of(i, q_laps))
-                    q_laps = lap_of(i, q_laps)
-            self._issue_s(operands, rings, i, i, k_at)
-        return q_laps
-
-    @cute.jit
-    def _values(
-        self, operands, rings, i: cutlass.Constexpr[int], span, tile, v_at, s_laps, last: cutlass.Constexpr[bool]
-    ):
-        """O += P V of Q tile i and a key tile, if the Q tile visits it; returns `s`'s laps.
-
-        Starts when the first columns of P are there and O is rescaled, and waits once more for the rest of P. last:
-        whether it may be the last tile that the Q tile visits.
-        """
-        if tile >= span.begin and tile < span.end:
-            self._issue_o(operands, rings, i, slot_of(i, s_laps), v_at, tile < span.end - 1)
-            if const_expr(last):
-                if tile == span.begin:
-                    rings.o.publish_by_mma(i)
-            s_laps = lap_of(i, s_laps)
-        return s_laps
-
-    @cute.jit
-    def _issue_s(self, operands, rings, i: cutlass.Constexpr[int], place, k_at):
-        """S of Q tile i and a key tile, into one of the two places of `s`; returns where K ends in its ring.
-
-        The single Q tile waits for K and lets go of it here, part by part.
-        """
-        config, mma_s = self.config, self._mmas()[0]
-        slot = i
-        if const_expr(config.head_dim > 128):
-            # Plus zero, which ptxas cannot know: it would keep Q's descriptors of two words a step, and spill.
-            slot = i + (k_at.index >> 5)
-        s = operands.s[place] if const_expr(config.q_tiles == 2) else self._at(operands.s[0], place)
-        steps = cute.size(operands.k, mode=[2])
-        for k in cutlass.range_constexpr(config.k_parts * steps):
-            if const_expr(config.q_tiles == 1 and k % steps == 0):
-                rings.kv.wait(k_at)
-            mma_s.set(tcgen05.Field.ACCUMULATE, k > 0)
-            a, b = operands.q[None, None, k, slot], operands.k[None, None, k % steps, k_at.index]
-            cute.gemm(mma_s, s, a, b, s)
-            if const_expr((k + 1) % steps == 0):
-                if const_expr(config.q_tiles == 1):
-                    rings.kv.release_by_mma(k_at.index)
-                k_at = rings.kv.next(k_at)
-        rings.s.publish_by_mma(place)
-        return k_at
-
-    @cute.jit
-    def _issue_o(self, operands, rings, i: cutlass.Constexpr[int], s_at, v_at, accumulate):
-        """O (+)= P V of Q tile i and a key tile, whose P is where `s_at` is; returns where V ends in its ring.
-
-        Starts when the first columns of P are there and O is rescaled, and waits once more for the rest of P. The
-        single Q tile waits for V and lets go of it here, part by part.
-        """
-        config, mma_o = self.config, self._mmas()[1]
-        rings.s.wait_released(s_at)
-        mma_o.set(tcgen05.Field.ACCUMULATE, accumulate)
-        p = operands.p[i] if const_expr(config.q_tiles == 2) else self._at(operands.p[0], s_at.index)
-        steps = cute.size(operands.v, mode=[2])
-        for k in cutlass.range_constexpr(config.v_parts * steps):
-            if const_expr(config.q_tiles == 1 and k % steps == 0):
-                rings.kv.wait(v_at)
-            if const_expr(k * config.tile_n // (config.v_parts * steps) == config.p_first):
-                rings.p_rest.wait(s_at)
-            a, b = p[None, None, k], operands.v[None, None, k % steps, v_at.index]
-            cute.gemm(mma_o, operands.o[i], a, b, operands.o[i])
-            mma_o.set(tcgen05.Field.ACCUMULATE, True)
-            if const_expr((k + 1) % steps == 0):
-                if const_expr(config.q_tiles == 1):
-                    rings.kv.release_by_mma(v_at.index)
-                v_at = rings.kv.next(v_at)
-        return v_at
-
-    def _at(self, tensor, place):
-        """S or P of the single Q tile in one of its two places, which are `tile_n` columns apart."""
-        words = Float32.width // tensor.element_type.width
-        return cute.make_tensor(tensor.iterator + place * (self.config.tile_n * words), tensor.layout)
-
-    # Softmax ---------------------------------------------------------------------------------------------------------
 
     @cute.jit
     def softmax(self, mma_s, shared, rings, values, outputs, sink):
@@ -627,7 +367,7 @@ class Sm100Forward:
         row = thread % config.tile_m
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         i = warp // roles.SOFTMAX_WARPS
-        t_s = mma_s.make_fragment_C(mma_s.partition_shape_C(self._mma_tiles()[0][:2]))[(None, None), 0, 0]
+        t_s = mma_s.make_fragment_C(mma_s.partition_shape_C(config.mma_tiles[0][:2]))[(None, None), 0, 0]
         t_s = cute.make_tensor(t_s.iterator + i * config.tile_n, t_s.layout)
         factor = cute.make_tensor(fixed(shared.factor.iterator + (config.tile_m * i + row)), cute.make_layout(1))
         factor_barrier = fixed(rings.factor.barriers + warp)
@@ -681,7 +421,7 @@ class Sm100Forward:
     def _place(self, state, item, values):
         """Where the thread's row goes, and its first visible key and the key after its last."""
         config, sequence = self.config, item.sequence
-        row = self._rank() * config.tile_m + state.row
+        row = rank_in_pair(config) * config.tile_m + state.row
         position = item.work.tile * config.positions + state.i * config.tile_positions + row // config.packed
         head = item.work.head * config.packed + row % config.packed
         use = Int32(position < sequence.rows_q) + Int32(position < sequence.seqlen_q)
@@ -695,7 +435,7 @@ class Sm100Forward:
         config, values, rings = self.config, state.values, state.rings
         tmem, s_factor, s_barrier = state.tmem, state.factor, state.factor_barrier
         if const_expr(config.q_tiles == 1):
-            tmem = TmemRows(self._at(tmem.tile, s_at.index), tmem.warp)
+            tmem = TmemRows(at_place(config, tmem.tile, s_at.index), tmem.warp)
             s_factor = cute.make_tensor(s_factor.iterator + s_at.index * config.tile_m, s_factor.layout)
             s_barrier = s_barrier + s_at.index * roles.SOFTMAX_WARPS
         rings.s.wait(s_at)
@@ -738,8 +478,6 @@ class Sm100Forward:
         rings.p_rest.publish(s_at)
         return pivot, total_of(sums), skips
 
-    # Correction ------------------------------------------------------------------------------------------------------
-
     @cute.jit
     def correct(self, mma_o, shared, rings):
         """The correction warpgroup, one thread a row of both Q tiles. Waits for a tile's factors, but the first's.
@@ -751,7 +489,7 @@ class Sm100Forward:
         thread, _, _ = cute.arch.thread_idx()
         row = thread % config.tile_m
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % roles.CORRECTION_WARPS
-        t_o = mma_o.make_fragment_C(mma_o.partition_shape_C(self._mma_tiles()[1][:2]))[(None, None), 0, 0]
+        t_o = mma_o.make_fragment_C(mma_o.partition_shape_C(config.mma_tiles[1][:2]))[(None, None), 0, 0]
         t_o = [cute.make_tensor(t_o.iterator + column, t_o.layout) for column in config.o_columns]
         tmem = [TmemRows(tile, warp) for tile in t_o]
         for i in cutlass.range_constexpr(config.q_tiles):
@@ -784,7 +522,7 @@ class Sm100Forward:
         thread, _, _ = cute.arch.thread_idx()
         row = thread % config.tile_m
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % roles.CORRECTION_WARPS
-        t_o = mma_o.make_fragment_C(mma_o.partition_shape_C(self._mma_tiles()[1][:2]))[(None, None), 0, 0]
+        t_o = mma_o.make_fragment_C(mma_o.partition_shape_C(config.mma_tiles[1][:2]))[(None, None), 0, 0]
         tmem = TmemRows(cute.make_tensor(t_o.iterator + config.o_columns[0], t_o.layout), warp)
         # One tile has the same place and lap in `s` and in `o`.
         s_at, scales_at = rings.s.start(), Cursor(Int32(0), Int32(0))
@@ -849,8 +587,6 @@ class Sm100Forward:
         cute.arch.fence_view_async_shared()
         rings.out.publish(slot)
 
-    # Store -----------------------------------------------------------------------------------------------------------
-
     @cute.jit
     def store(self, maps, shared, rings):
         """The store warp: the output by TMA. Waits for `out`; lets go of it when shared memory has been read."""
@@ -866,12 +602,12 @@ class Sm100Forward:
                 m_o = cute.domain_offset(((0, rows) if config.packed > 1 else rows, 0), m_o)
             else:
                 m_o = maps.m_out[None, None, work.head, work.batch]
-            g_o = cute.local_tile(m_o, self._store_tile(), (None, 0))
+            g_o = cute.local_tile(m_o, config.store_tile, (None, 0))
             t_so, t_go = boxes(maps.out, shared.out, g_o, 2)
             for i in cutlass.range_constexpr(config.q_tiles):
                 if item.span(i).begin < item.span(i).end:
                     rings.out.wait(slot_of(i, laps))
-                    tile = (config.q_tiles * work.tile + i) * config.ctas + self._rank()
+                    tile = (config.q_tiles * work.tile + i) * config.ctas + rank_in_pair(config)
                     cute.copy(maps.out, t_so[None, i], t_go[None, tile])
                 cute.arch.cp_async_bulk_commit_group()
             for i in cutlass.range_constexpr(config.q_tiles):
