@@ -18,8 +18,6 @@ from fa4_cute import kernels
 
 ALIGNMENT = 16
 """Bytes that TMA asks q, k and v to be aligned to, in their base and in every stride."""
-SECTION_BYTES = 32 * 2**20
-"""Keys and values that one section of heads may hold, of the 50 MB of L2 (`schedule`); measured on an H100."""
 COUNTED = 2**30
 """Rows and work items that kernels can number: sums of two stay within 32 bits."""
 CAPTURED = 2**14
@@ -130,15 +128,11 @@ def _numbers(problem: Problem) -> tuple[float | int | None, ...]:
 
 
 def _section(problem: Problem, tiles: int, packed: int, sms: int) -> int:
-    """Heads side by side in the longest-first order: enough to occupy the device twice over, or once if L2 is small.
+    """Heads side by side in the longest-first order: enough to occupy the device.
 
     packed: query heads that one work item holds, and that count as one here.
     """
-    kinds = problem.kinds
-    once = -(-sms // tiles)
-    size = problem.seqlen_k * (kinds.head_dim + kinds.head_dim_v) * kinds.dtype.itemsize * packed // kinds.group
-    wanted = 2 * once if 2 * once * size <= SECTION_BYTES else once
-    return min(wanted, problem.heads_q // packed * problem.batch)
+    return min(-(-sms // tiles), problem.heads_q // packed * problem.batch)
 
 
 def _counter(device: torch.device) -> Tensor:

@@ -5,7 +5,8 @@ sequence. Items have an order. Where they are alike, a block takes every `progra
 length, blocks draw the next one as they get there, from a counter in global memory that the last block leaves as it
 found it.
 
-- Causal and windows: the longest query tiles first, within sections of heads whose keys and values fit the L2 cache.
+- Causal and windows: the longest query tiles first, within sections of heads that just occupy the device, so that
+  their keys and values stay in the L2 cache; the last section is larger, to even out what came before.
 - Otherwise: the query tiles of one head side by side, so that blocks at work share keys and values.
 - Packed sequences: the same within each sequence; the sequences in passes, each of those with more than half the keys
   that the longest one left has, so that the last items, which even out what came before, are short. Blocks find their
@@ -26,6 +27,8 @@ LANES = 32
 """Lanes of a warp."""
 AT_ONCE = 4
 """Sequences whose bounds a lane reads at a time, so that reads overlap, while a block's first item waits for them."""
+LAST_SECTION = 2
+"""How much larger the last section is than the others (`Extent.section`): enough items to even out all before."""
 SHORT = 256
 """Keys up to which sequences are taken in one pass: what an item costs beside its products makes them alike."""
 NUMBERED = (1 << 30) - 1
@@ -186,13 +189,17 @@ def _dense(schedule: Schedule, place: Place, index: Int32) -> tuple[cutlass.Bool
     pairs = extent.heads * extent.batch
     valid = index < tiles * pairs
     if const_expr(schedule.longest_first):
-        # Sections are worked on one after the other, a smaller one first: the last has to even out what came before.
-        short = (extent.section - pairs % extent.section) % extent.section
+        # One section after the other, a part of one first.
+        last_pair = cutlass.max(pairs - LAST_SECTION * extent.section, 0)
+        short = (extent.section - last_pair % extent.section) % extent.section
         section = (index + short * tiles) // (extent.section * tiles)
         first_pair = cutlass.max(section * extent.section - short, 0)
         width = extent.section
         if section == 0:
             width = extent.section - short
+        if first_pair >= last_pair:
+            first_pair = last_pair
+            width = pairs - last_pair
         rest = index - first_pair * tiles
         tile = tiles - 1 - rest // width
         pair = first_pair + rest % width

@@ -14,8 +14,8 @@ A work item is a query tile of one KV head. Where a group's heads divide a warpg
 head `r % packed` of the group at position `r // packed`: its heads share K and V, and its rows, closer together, see
 fewer key tiles under a window and on the diagonal. Otherwise the rows are those of one query head.
 
-Rings (arrivals that complete a slot's full / empty barrier): items (the scheduler / every other warp), Q, K and V
-(TMA bytes / every consumer warp).
+Rings (arrivals that complete a slot's full / empty barrier): items (the scheduler / every lane of every other warp,
+each of which reads them), Q, K and V (TMA bytes / every consumer warp).
 
 A consumer's steady state, over the key tiles n of an item from the right to the left, the order in which wgmma groups
 are issued being `Q K(n)`, `P V(n + 1)`:
@@ -68,9 +68,9 @@ from fa4_cute.sm90_tiles import output_layout, shared_layout, tiled_mma
 from fa4_cute.softcap import Cap, cap_of
 from fa4_cute.views import boxes, from_position, heads_packed
 
-DRAW_AHEAD = 2
-"""Key tiles that the load warp has still to bring when the next item is drawn: the counter's microsecond, and no more,
-since an item drawn early cannot go to a block that is free sooner."""
+DRAW_AHEAD = 1
+"""Key tiles that the load warp has still to bring when the next item is drawn. One takes 1.4 us, the counter 1; an item
+drawn earlier could not go to a block that is free sooner."""
 
 
 class Sm90Forward:
@@ -163,7 +163,7 @@ class Sm90Forward:
         slots = config.kv_slots
         barriers = memory.allocate_array(Int64, 4 + 2 * config.q_slots + 4 * slots)
         rings = Rings(
-            items=Ring(barriers, self.item_slots, 1, consumer_warps + 1),
+            items=Ring(barriers, self.item_slots, 1, 32 * (consumer_warps + 1)),
             q=Ring(barriers + 4, config.q_slots, 1, consumer_warps),
             k=Ring(barriers + 4 + 2 * config.q_slots, slots, 1, consumer_warps),
             v=Ring(barriers + 4 + 2 * config.q_slots + 2 * slots, slots, 1, consumer_warps),
@@ -237,10 +237,10 @@ class Sm90Forward:
             q_at, k_at = rings.q.next(q_at), rings.k.next(k_at)
             to_come = span.end - span.begin - 1
             if to_come < DRAW_AHEAD:
-                self._release(rings.items, items)
+                rings.items.release(items)
             for i in cutlass.range(to_come, unroll=1):
                 if to_come - i == DRAW_AHEAD:
-                    self._release(rings.items, items)
+                    rings.items.release(items)
                 tile = span.end - 2 - i
                 self._load(rings.k, k_at, maps.k, t_gk[None, tile], t_sk)
                 k_at = rings.k.next(k_at)
@@ -300,7 +300,7 @@ class Sm90Forward:
 
         items, q_at, k_at, v_at = rings.items.start(), rings.q.start(), rings.k.start(), rings.v.start()
         item = read_item(shared.items, rings.items, items)
-        self._release(rings.items, items)
+        rings.items.release(items)
         items = rings.items.next(items)
         if const_expr(self.overlap_items):
             if item.valid:
@@ -351,7 +351,7 @@ class Sm90Forward:
                     k_at = self._pass_key(state, k_at)
 
             following = read_item(shared.items, rings.items, items)
-            self._release(rings.items, items)
+            rings.items.release(items)
             items = rings.items.next(items)
             if const_expr(self.overlap_items):
                 self._release(rings.q, q_at)

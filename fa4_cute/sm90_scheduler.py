@@ -24,10 +24,9 @@ ITEM_ROOM = 16
 
 @cute.jit
 def read_item(s_items, ring, at):
-    """The work item in a slot; the warp has read it when this returns."""
+    """The work item in a slot; the calling lane, each of which lets go of the slot by itself, has read it."""
     ring.wait(at)
     word = [s_items[i, at.index] for i in range(ITEM_WORDS)]
-    cute.arch.sync_warp()
     return Item(word[0] != 0, WorkItem(*word[1:4]), Sequence(*word[4:9]), Span(*word[9:13]))
 
 

@@ -1,6 +1,7 @@
 """The CuTe backend's own promises: what is visited and skipped, its cache of compiled kernels, its choice by device."""
 
 import errno
+import functools
 import importlib.util
 import os
 import subprocess
@@ -125,16 +126,13 @@ def test_which_counter_a_stream_gets(monkeypatch, capturing):
     stream = 0
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: stream, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: capturing and stream != 0, raising=False)
-    kept = (launch._stream_counter, launch._reserve)
-    for each in kept:
-        each.cache_clear()
+    for name in ("_stream_counter", "_reserve"):  # as in a new process; what graphs of other tests hold stays
+        monkeypatch.setattr(launch, name, functools.cache(getattr(launch, name).__wrapped__))
     device, found = torch.device("cpu"), {}
     for stream in (7, 0, 7) if capturing else (0, 7):
         found[stream] = launch._counter(device), launch._counter(device)
         assert all(counter.tolist() == [0, 0] for counter in found[stream])
     reserved = {t.untyped_storage().data_ptr() for t in launch._reserve(device)._kept}
-    for each in kept:
-        each.cache_clear()
     assert found[0][0] is found[0][1]
     places = [counter.data_ptr() for counter in found[7]]
     assert (places[0] == places[1]) == (not capturing)

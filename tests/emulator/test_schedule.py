@@ -21,6 +21,8 @@ from .cute_compile import Request  # noqa: E402
 
 NUMBERED = 2**30 - 1
 """Items that a call may have."""
+LAST_SECTION = 2
+"""How much larger the last section of heads is than the others."""
 
 
 class Order(NamedTuple):
@@ -196,14 +198,14 @@ def test_packed_items_are_right_up_to_the_largest_number(seed, sequences, heads,
     programs=st.sampled_from((1, 2, 7)),
 )
 def test_dense_items_come_section_by_section(longest_first, drawn, batch, heads, seqlen_q, section, programs):
-    """Longest tiles first within a section of heads, and the section that is not full first; else head by head."""
+    """Longest tiles first within a section of heads, a part of one first, a larger one last; else head by head."""
     order = Order(128, longest_first, drawn=drawn)
     pairs = [divmod(pair, heads) for pair in range(batch * heads)]
     section, tiles = min(section, len(pairs)), range(-(-seqlen_q // order.tile_m))
     want = [(*pair, tile) for pair in pairs for tile in tiles]
     if longest_first:
-        ends = range(len(pairs), 0, -section)
-        sections = [pairs[max(end - section, 0) : end] for end in reversed(ends)]
+        last = max(len(pairs) - LAST_SECTION * section, 0)
+        sections = [pairs[max(end - section, 0) : end] for end in reversed(range(last, 0, -section))] + [pairs[last:]]
         want = [(*pair, tile) for part in sections for tile in reversed(tiles) for pair in part]
     blocks = [list(range(program, len(want), programs)) for program in range(programs)]
     got = walked(order, blocks, len(want), (None,) * 4, (batch, heads, seqlen_q, seqlen_q, section))
