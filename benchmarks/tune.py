@@ -28,7 +28,14 @@ KERNELS = {
     "backward_q": "attention_backward_q",
 }
 SHAPES = {
-    "forward": ((64, 64, 4, 0), (64, 64, 4, 128), (64, 128, 4, 0), (128, 64, 8, 0), (128, 128, 8, 0)),
+    "forward": (
+        (64, 64, 4, 0),
+        (64, 64, 4, 128),
+        (64, 128, 4, 0),
+        (64, 128, 4, 168),
+        (128, 64, 8, 0),
+        (128, 128, 8, 0),
+    ),
     "backward_kv": ((64, 64, 4, 0), (64, 64, 4, 168), (32, 64, 4, 168), (64, 128, 8, 0), (32, 128, 8, 0)),
     "backward_q": ((64, 64, 4, 0), (64, 64, 4, 128), (64, 128, 4, 0), (128, 64, 8, 0), (128, 32, 8, 0)),
 }
@@ -47,12 +54,14 @@ class Job(NamedTuple):
 
 
 def jobs(kernels: list[str], dims: list[int]) -> list[Job]:
-    """Every candidate; the overlapped loop is the forward's alone."""
+    """Every candidate; only the forward has more than one loop."""
     found = []
     for kernel, dim, causal in itertools.product(kernels, dims, (False, True)):
-        overlaps = (False, True) if kernel == "forward" else (False,)
-        for (m, n, warps, registers), stages, overlap in itertools.product(SHAPES[kernel], STAGES, overlaps):
-            found.append(Job(kernel, dim, causal, Tile(m, n, warps, stages, True, overlap, registers)))
+        loops = ("phases", "overlapped") if kernel == "forward" else ("phases",)
+        for (m, n, warps, registers), stages, loop in itertools.product(SHAPES[kernel], STAGES, loops):
+            found.append(Job(kernel, dim, causal, Tile(m, n, warps, stages, True, loop, registers)))
+        if kernel == "forward" and dim == 128:
+            found.append(Job(kernel, dim, causal, Tile(128, 128, 8, 2, True, "specialised")))
     return found
 
 

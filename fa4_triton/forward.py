@@ -1,15 +1,16 @@
 """The forward kernel: one program computes one tile of query rows of one head.
 
 It walks the visible key tiles from right to left: masked ones at the right edge, then inner ones without any mask
-arithmetic, then masked ones at the left edge. Source: Dao, "FlashAttention-2" (2023), algorithm 1, with the skipped
-rescaling of Zadouri et al., "FlashAttention-4" (2026), section 3. The pivot is kept or followed row by row; O is
-multiplied by the factor in any case, since a branch around the multiplication was measured not to pay on Hopper
-(docs/performance.md).
+arithmetic, then masked ones at the left edge; `fa4_triton.specialised` holds another form of the walk. Source: Dao,
+"FlashAttention-2" (2023), algorithm 1, with the skipped rescaling of Zadouri et al., "FlashAttention-4" (2026),
+section 3. The pivot is kept or followed row by row; O is multiplied by the factor in any case, since a branch around
+the multiplication was measured not to pay on Hopper (docs/performance.md).
 """
 
 import triton
 import triton.language as tl
 
+from fa4_triton.specialised import visit_specialised
 from fa4_triton.steps import (
     LN_2,
     LOG2_E,
@@ -19,7 +20,7 @@ from fa4_triton.steps import (
     Values,
     base_of,
     block_of,
-    follow_max,
+    fold,
     in_window,
     key_phases,
     load_rows,
@@ -50,10 +51,11 @@ def attention_forward(
     DIM_V: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    LOOP: tl.constexpr,
 ):
     """Writes out and lse for TILE_M rows; the grid is one-dimensional, tiles fastest, then heads, then batch.
 
+    LOOP: how, see `Tile`; "specialised" only where both k_descriptor and v_descriptor are there, else in phases.
     counts, without a pointer but in tests: int32, for each row the tiles visited and, next to it, the rescales skipped.
     """
     D: tl.constexpr = block_of(DIM)
@@ -75,27 +77,14 @@ def attention_forward(
         tl.zeros([TILE_M], tl.int32),
     )
     begin, inner_begin, inner_end, whole_end, end = key_phases(values, first, span_q, span_k, TILE_M, TILE_N)
-    state = visit(
-        q_tile, k, v, span_q, span_k, head_kv, state, row, values, whole_end, end, True, True, DIM, DIM_V, TILE_N
-    )
-    if values.right is not None:
-        state = visit(
-            q_tile, k, v, span_q, span_k, head_kv, state, row, values, inner_end, whole_end, True, False, DIM, DIM_V,
-            TILE_N,
-        )  # fmt: skip
-    if OVERLAP:
-        state = visit_overlapped(
-            q_tile, k, v, span_k, head_kv, state, values, inner_begin, inner_end, DIM, DIM_V, TILE_N
+    if LOOP == "specialised" and k_descriptor is not None and v_descriptor is not None:
+        state = visit_specialised(
+            q_tile, k, v, span_q, span_k, head_kv, state, row, values, begin, inner_begin, inner_end, end, TILE_N
         )
     else:
-        state = visit(
-            q_tile, k, v, span_q, span_k, head_kv, state, row, values, inner_begin, inner_end, False, False, DIM, DIM_V,
-            TILE_N,
-        )  # fmt: skip
-    if values.left is not None:
-        state = visit(
-            q_tile, k, v, span_q, span_k, head_kv, state, row, values, begin, inner_begin, True, False, DIM, DIM_V,
-            TILE_N,
+        state = visit_phases(
+            q_tile, k, v, span_q, span_k, head_kv, state, row, values, begin, inner_begin, inner_end, whole_end, end,
+            DIM, DIM_V, TILE_N, LOOP == "overlapped",
         )  # fmt: skip
     acc, row_max, row_sum, skips = state
 
@@ -123,13 +112,34 @@ def attention_forward(
 
 
 @triton.jit
-def fold(scores, factor, state, threshold):
-    """One tile's step of the online softmax: P, and the state with O rescaled but P V not yet added."""
-    acc, row_max, row_sum, skips = state
-    new_max, pivot, rescale = follow_max(row_max, tl.max(scores, 1) * factor, threshold)
-    skips += ((row_max != float("-inf")) & (new_max == row_max)).to(tl.int32)
-    p = tl.exp2(scores * factor - pivot[:, None])
-    return p, (acc * rescale[:, None], new_max, row_sum * rescale + tl.sum(p, 1), skips)
+def visit_phases(
+    q_tile, k, v, span_q, span_k, head_kv, state, row, values, begin, inner_begin, inner_end, whole_end, end,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, TILE_N: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Folds the key tiles begin to end into the state, the last one first, in a loop for each of `key_phases`."""
+    state = visit(
+        q_tile, k, v, span_q, span_k, head_kv, state, row, values, whole_end, end, True, True, DIM, DIM_V, TILE_N
+    )
+    if values.right is not None:
+        state = visit(
+            q_tile, k, v, span_q, span_k, head_kv, state, row, values, inner_end, whole_end, True, False, DIM, DIM_V,
+            TILE_N,
+        )  # fmt: skip
+    if OVERLAP:
+        state = visit_overlapped(
+            q_tile, k, v, span_k, head_kv, state, values, inner_begin, inner_end, DIM, DIM_V, TILE_N
+        )
+    else:
+        state = visit(
+            q_tile, k, v, span_q, span_k, head_kv, state, row, values, inner_begin, inner_end, False, False, DIM, DIM_V,
+            TILE_N,
+        )  # fmt: skip
+    if values.left is not None:
+        state = visit(
+            q_tile, k, v, span_q, span_k, head_kv, state, row, values, begin, inner_begin, True, False, DIM, DIM_V,
+            TILE_N,
+        )  # fmt: skip
+    return state
 
 
 @triton.jit

@@ -123,6 +123,20 @@ def _operand(shape: tuple[int, ...], stride: Stride, rows: int, wanted: bool) ->
     return _Operand((stride_b, stride_s, stride_h))
 
 
+def _whole(shape: tuple[int, ...], stride: Stride, rows: int, wanted: bool) -> _Operand:
+    """As `_operand`, of a (B, S, H, D) tensor and with a descriptor of (B, H, S, D): rows past S read as zeros."""
+    if not wanted:
+        return _Operand(_row_strides(stride))
+    steps = [step if size > 1 else shape[-1] for size, step in zip(shape, stride)]
+    order = (0, 2, 1, 3)
+    return _Operand((0, 0, 0), ([shape[i] for i in order], [steps[i] for i in order], [1, 1, rows, shape[-1]]))
+
+
+def _has_descriptor(shape: tuple[int, ...], stride: Stride) -> bool:
+    """Whether a descriptor can see the tensor: the driver refuses empty ones, and strides of 0."""
+    return all(size == 1 or (size and step) for size, step in zip(shape, stride))
+
+
 def _values(problem: Problem) -> tuple:
     """The kernels' `Values`, as a plain tuple.
 
@@ -173,15 +187,19 @@ def _plan(name: str, kinds: Kinds, device: torch.device) -> _Plan:
         "TILE_N": tile.n,
     }
     if name == "forward":
-        constants["OVERLAP"] = tile.overlap
+        constants["LOOP"] = tile.loop
     return _Plan(tile, constants, {})
 
 
 def compile_planned(kernel: Any, plan: _Plan, args: tuple, target: GPUTarget, layout: tuple) -> CompiledKernel:
     """Compiles a kernel as `_launch` would for `target`, which need not be there."""
     options = {"num_warps": plan.tile.warps, "num_stages": plan.tile.stages}
-    if plan.tile.registers and any(isinstance(arg, TensorDescriptor) for arg in args):
-        options["maxnreg"] = plan.tile.registers
+    if any(isinstance(arg, TensorDescriptor) for arg in args):
+        if plan.tile.registers:
+            options["maxnreg"] = plan.tile.registers
+        if plan.tile.loop == "specialised":
+            # Triton takes these to load, and adds a warpgroup for each 64 query rows.
+            options["num_warps"] = 4
     return compile_kernel(kernel, args, plan.constants, options, target, layout[-1])
 
 
@@ -272,12 +290,15 @@ def _prepare_forward(plans: Any, min_tma_flops: float, problem: Problem, aligned
     plan = plans("forward", kinds, device)
     aligned = aligned and _strides_are_aligned(q, k, v)
     tma = aligned and plan.tile.tma and _flops(problem) >= min_tma_flops
+    operand = _operand
+    if plan.tile.loop == "specialised":
+        operand, tma = _whole, tma and _has_descriptor(shapes.k, k) and _has_descriptor(shapes.v, v)
     return _Forward(
         plan=plan,
         grid=_tiles(problem.seqlen_q, plan.tile.m, kinds.varlen, problem.batch) * _heads(problem, problem.heads_q),
         q=_row_strides(q),
-        k=_operand(shapes.k, k, plan.tile.n, tma),
-        v=_operand(shapes.v, v, plan.tile.n, tma),
+        k=operand(shapes.k, k, plan.tile.n, tma),
+        v=operand(shapes.v, v, plan.tile.n, tma),
         out=_result(shapes.out, kinds.dtype, device, _row_strides),
         lse=_result(shapes.lse, torch.float32, device, _number_strides),
         sizes=(problem.batch, problem.seqlen_q, problem.seqlen_k),

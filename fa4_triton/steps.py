@@ -396,6 +396,16 @@ def follow_max(row_max, tile_max, threshold):
 
 
 @triton.jit
+def fold(scores, factor, state, threshold):
+    """One tile's step of the online softmax: P, and the state with O rescaled but P V not yet added."""
+    acc, row_max, row_sum, skips = state
+    new_max, pivot, rescale = follow_max(row_max, tl.max(scores, 1) * factor, threshold)
+    skips += ((row_max != float("-inf")) & (new_max == row_max)).to(tl.int32)
+    p = tl.exp2(scores * factor - pivot[:, None])
+    return p, (acc * rescale[:, None], new_max, row_sum * rescale + tl.sum(p, 1), skips)
+
+
+@triton.jit
 def score_slope(values, products):
     """Products q k^T to (scores in log2 units, derivative of the capped score by the scaled one; 1 without a cap)."""
     if values.softcap is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import triton
 from triton.backends.compiler import GPUTarget
 
 from fa4_core.problem import Kinds
@@ -17,7 +18,8 @@ from fa4_core.problem import Kinds
 class Tile(NamedTuple):
     """Query rows and keys of a tile, warps of a program, stages of its software pipeline.
 
-    tma: read tiles in the loop through TMA descriptors. overlap: keep q k^T in flight during the softmax (Hopper).
+    tma: read tiles in the loop through TMA descriptors. loop: how the forward visits the keys: in "phases", with a loop
+    for each; on Hopper also "overlapped", q k^T in flight during the softmax, or "specialised" (`specialised.py`).
     registers: the most a thread of a kernel that reads through descriptors may take, so that one more program fits on a
     multiprocessor; 0: as many as it likes.
     """
@@ -27,9 +29,12 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     tma: bool = False
-    overlap: bool = False
+    loop: str = "phases"
     registers: int = 0
 
+
+SPECIALISING = ("3.6.0",)
+"""Triton releases whose warp specialisation of the forward was seen right, and fast, on an H100."""
 
 SHARED_MEMORY = {"hopper": 227, "blackwell": 227, "ampere": 163, "small": 99, "amd": 64}
 """KiB of shared memory that a program may use, by family."""
@@ -100,7 +105,27 @@ def tile_for(kernel: str, kinds: Kinds, target: GPUTarget | None) -> Tile:
     if kinds.dtype.itemsize == 4:
         return _32_BIT[kernel][dim]
     tile = _16_BIT[family_of(target)][kernel][dim]
-    if kernel == "forward" and family_of(target) == "hopper" and dim == 128 and not kinds.window_right:
-        # Without a diagonal to mask nearly all tiles are inner ones, and the overlap pays.
-        return Tile(64, 64, 4, 2, tma=True, overlap=True)
+    if kernel == "forward" and family_of(target) == "hopper":
+        return _hopper_forward(kinds, dim, tile)
     return tile
+
+
+def _hopper_forward(kinds: Kinds, dim: int, tile: Tile) -> Tile:
+    """The tile of the table, or a faster one where the kinds allow it: without a diagonal few key tiles have a mask."""
+    if may_specialise(kinds):
+        return Tile(128, 128, 8, 2, tma=True, loop="specialised")
+    if dim == 128 and not kinds.window_right:
+        return Tile(64, 64, 4, 2, tma=True, loop="overlapped")
+    if kinds.head_dim == kinds.head_dim_v == 64 and not (kinds.window_left or kinds.window_right):
+        return Tile(64, 128, 4, 2, tma=True, registers=168)
+    return tile
+
+
+def may_specialise(kinds: Kinds) -> bool:
+    """Whether the forward can be specialised by warps.
+
+    Rows past the end of K and V must read as zeros, so lengths must be the tensors' own. A softcap's products and sums
+    would be fused otherwise than in `visit`, which serves where there are no descriptors: the bits would differ.
+    """
+    released = triton.__version__.split("+")[0] in SPECIALISING
+    return released and kinds.head_dim == kinds.head_dim_v == 128 and not kinds.indexed and not kinds.softcap
