@@ -31,9 +31,9 @@ class CacheTile(NamedTuple):
     programs: int = 0
 
 
-def _stages(stage: int, rest: int, kib: float) -> int:
-    """Stages of `stage` bytes that fit into `kib` of shared memory beside `rest` bytes; 1 to 4."""
-    return max(1, min(4, (int(kib * 1024) - rest) // stage))
+def _stages(stage: int, rest: int, kib: float, free: int = 0) -> int:
+    """Stages, 4 at most, of which all but `free` take `stage` bytes of `kib` of shared memory beside `rest` bytes."""
+    return min(4, (int(kib * 1024) - rest) // stage + free)
 
 
 def _padded(dim: int) -> int:
@@ -54,9 +54,12 @@ def decode_tile(itemsize: int, cache_itemsize: int, dim: int, rows: int, target:
     # A stage holds keys, values and the query; P needs its place, too, and O^T where a part is stored.
     stage = 2 * n * dim * cache_itemsize + packed * dim * itemsize
     rest = RESERVED + packed * (n * itemsize + 2 * dim)
-    kib = SHARED_MEMORY[family_of(target)]
-    programs = 2 if _stages(stage, rest, kib / 2) > 1 else 1
-    return CacheTile(packed, n, warps, _stages(stage, rest, kib / programs), programs)
+    family = family_of(target)
+    # Where products take their operands from registers, Triton loads a tile into the place of the one just multiplied.
+    free = 1 if family in ("ampere", "small") else 0
+    kib = SHARED_MEMORY[family]
+    programs = 2 if _stages(stage, rest, kib / 2, free) > 1 else 1
+    return CacheTile(packed, n, warps, max(1, _stages(stage, rest, kib / programs, free)), programs)
 
 
 def prefill_tile(itemsize: int, cache_itemsize: int, dim: int, target: GPUTarget | None) -> CacheTile:
@@ -66,4 +69,4 @@ def prefill_tile(itemsize: int, cache_itemsize: int, dim: int, target: GPUTarget
     dim = _padded(dim)
     rows, n = (64, 64) if itemsize == 2 and dim <= 128 else (32, 32)
     stage, rest = 2 * n * dim * cache_itemsize, RESERVED + rows * (dim + n) * itemsize
-    return CacheTile(rows, n, 4, _stages(stage, rest, SHARED_MEMORY[family_of(target)] / 2))
+    return CacheTile(rows, n, 4, max(1, _stages(stage, rest, SHARED_MEMORY[family_of(target)] / 2)))
