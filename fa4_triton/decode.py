@@ -120,7 +120,8 @@ def keys_of(rows, values, splits, i, TILE_N: tl.constexpr):
     # Up to 128 tiles, 16 chunks of two tiles or more: a short sequence alone gives work to many programs. Up to 256,
     # chunks of 8; beyond, 32 chunks: enough for a long one, and few enough to merge.
     chunk = tl.where(tiles <= 128, tl.maximum((tiles + 15) // 16, 2), (tiles + 255) // 256 * 8)
-    chunk = tl.where(splits.wanted > 0, (tiles + splits.wanted - 1) // tl.maximum(splits.wanted, 1), chunk)
+    if splits.wanted > 0:
+        chunk = (tiles + splits.wanted - 1) // splits.wanted
     return Keys(pad, length, begin, tiles, chunk)
 
 
@@ -136,80 +137,97 @@ def next_chunk(keys, before, at):
 
 
 @triton.jit
-def sum_and_max(sum_a, max_a, sum_b, max_b):
-    return sum_a + sum_b, tl.maximum(max_a, max_b)
+def tiles_of(rows, values, splits, i, TILE_N: tl.constexpr):
+    """The tiles of a vector of sequences; 0 past the last sequence."""
+    return tl.where(i < rows.batch, keys_of(rows, values, splits, i, TILE_N).tiles, 0)
 
 
 @triton.jit
-def five_sums(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
+def four_tiles(rows, values, splits, i, TILE_N: tl.constexpr):
+    """The tiles of the sequences i, i + 1, i + 2 and i + 3."""
+    return (
+        tiles_of(rows, values, splits, i, TILE_N),
+        tiles_of(rows, values, splits, i + 1, TILE_N),
+        tiles_of(rows, values, splits, i + 2, TILE_N),
+        tiles_of(rows, values, splits, i + 3, TILE_N),
+    )
+
+
+@triton.jit
+def piece_begin(tiles, piece, pieces):
+    """The tile at which a piece of a sequence begins, cut into so many of nearly the same size."""
+    return tiles // pieces * piece + tl.minimum(piece, tiles % pieces)
 
 
 @triton.jit
 def find_share(rows, values, splits, team, teams, TILE_N: tl.constexpr):
     """The share of a team: (sequence, tile in it, number of tiles).
 
-    It begins with the first chunk at the team's place among all tiles or later. Where sequences are alike, and enough
-    to give every team some, a share is a number of whole ones, so that nothing is merged.
+    It begins with the first chunk at the team's place among all tiles or later. Where sequences are alike, a share is a
+    number of whole ones, so that nothing is merged, or, of fewer sequences than teams, one piece of a single one.
 
-    Nothing is loaded before the share is known, and what takes its time are reductions across warps: few, of several
-    numbers each. Within a step they are of 32 bits, which 2^29 keys a sequence do not exceed.
+    Nothing is loaded before the share is known, so this is made to be short. A vector of 32 numbers lies in every warp,
+    and no sum waits for other warps; a lane takes four sequences. Sums of one number each are one instruction in 32
+    bits, which 2^29 keys a sequence do not exceed within a step.
     """
-    STEP: tl.constexpr = 128
+    LANES: tl.constexpr = 32
+    STEP: tl.constexpr = 4 * LANES
+    lane = tl.arange(0, LANES)
     total = tl.zeros([], tl.int64)
     most = 0
     for start in range(0, rows.batch, STEP):
-        i = start + tl.arange(0, STEP)
-        tiles = tl.where(i < rows.batch, keys_of(rows, values, splits, i, TILE_N).tiles, 0)
-        added, longest = tl.reduce((tiles, tiles), 0, sum_and_max)
-        total += added
-        most = tl.maximum(most, longest)
-    # Whole sequences, `each` for every team that takes some: where that leaves few teams idle, and the longest share
-    # is within 5 % of the mean.
+        t0, t1, t2, t3 = four_tiles(rows, values, splits, start + 4 * lane, TILE_N)
+        total += tl.sum(t0 + t1 + t2 + t3, 0)
+        most = tl.maximum(most, tl.max(tl.maximum(tl.maximum(t0, t1), tl.maximum(t2, t3)), 0))
+    # Sequences in `pieces` (one, unless there are fewer sequences than teams), `each` for every team that takes some:
+    # where that leaves few teams idle, and the longest share is within 5 % of the mean.
+    pieces = tl.maximum(teams // rows.batch, 1)
     each = (rows.batch + teams - 1) // teams
     taking = (rows.batch + each - 1) // each
     alike = tl.cast(each * taking, tl.int64) * most * 20 <= total * 21
-    whole = alike & (taking * 16 >= teams * 15)
-    size = total // teams
+    by_pieces = alike & (taking * pieces * 16 >= teams * 15)
+    # A division of 64 bits takes a subroutine.
+    size = tl.cast(total.to(tl.int32) // teams, tl.int64) if total < 2**31 else total // teams
     rest = (total - size * teams).to(tl.int32)
     first = size * team + tl.minimum(team, rest)
     last = first + size + (team < rest)
-    if whole:
-        first = tl.cast(tl.minimum(team * each, rows.batch), tl.int64)
-        last = tl.minimum(first + each, rows.batch)
+    if by_pieces:
+        first = tl.cast(tl.minimum(team * each, rows.batch * pieces), tl.int64)
+        last = tl.minimum(first + each, rows.batch * pieces)
     first_sequence = 0
     last_sequence = 0
     before_first = tl.zeros([], tl.int64)
     before_last = tl.zeros([], tl.int64)
     counted = tl.zeros([], tl.int64)
     for start in range(0, rows.batch, STEP):
-        i = start + tl.arange(0, STEP)
-        tiles = tl.where(i < rows.batch, keys_of(rows, values, splits, i, TILE_N).tiles, 0)
-        ends = tl.where(whole, i + 1, counted + tl.cumsum(tiles, 0))
-        by_first = (ends <= first) & (i < rows.batch)
-        by_last = (ends <= last) & (i < rows.batch)
-        added, passed_first, tiles_first, passed_last, tiles_last = tl.reduce(
-            (
-                tiles,
-                by_first.to(tl.int32),
-                tl.where(by_first, tiles, 0),
-                by_last.to(tl.int32),
-                tl.where(by_last, tiles, 0),
-            ),
-            0,
-            five_sums,
-        )
-        counted += added
-        first_sequence += passed_first
-        before_first += tiles_first
-        last_sequence += passed_last
-        before_last += tiles_last
-    if whole:
-        first = before_first
-        last = before_last
+        i = start + 4 * lane
+        t0, t1, t2, t3 = four_tiles(rows, values, splits, i, TILE_N)
+        of_lane = t0 + t1 + t2 + t3
+        end = counted + (tl.cumsum(of_lane, 0) - of_lane)
+        passed_first = tl.zeros([LANES], tl.int32)
+        passed_last, tiles_first, tiles_last = passed_first, passed_first, passed_first
+        for j in tl.static_range(4):
+            tiles = t0 if j == 0 else t1 if j == 1 else t2 if j == 2 else t3
+            end += tiles
+            place = tl.where(by_pieces, (i + j + 1) * pieces, end)
+            by_first = ((place <= first) & (i + j < rows.batch)).to(tl.int32)
+            by_last = ((place <= last) & (i + j < rows.batch)).to(tl.int32)
+            passed_first += by_first
+            passed_last += by_last
+            tiles_first += by_first * tiles
+            tiles_last += by_last * tiles
+        counted += tl.sum(of_lane, 0)
+        first_sequence += tl.sum(passed_first, 0)
+        before_first += tl.sum(tiles_first, 0)
+        last_sequence += tl.sum(passed_last, 0)
+        before_last += tl.sum(tiles_last, 0)
     keys = keys_of(rows, values, splits, last_sequence, TILE_N)
+    if by_pieces:
+        last = before_last + piece_begin(keys.tiles, (last - last_sequence * pieces).to(tl.int32), pieces)
     _, _, end = next_chunk(keys, before_last, last)
     keys = keys_of(rows, values, splits, first_sequence, TILE_N)
+    if by_pieces:
+        first = before_first + piece_begin(keys.tiles, (first - first_sequence * pieces).to(tl.int32), pieces)
     passed, tile, begin = next_chunk(keys, before_first, first)
     return first_sequence + passed, tile, (end - begin).to(tl.int32)
 
@@ -224,16 +242,30 @@ def block_number(rows, sequence):
     return number
 
 
+@triton.constexpr_function
+def pages_of(page, tile_n, padded):
+    """Pages of a tile, where each holds as many of its keys and begins with one of them; else 0."""
+    whole = 0 if padded else tile_n // page if tile_n % page == 0 else int(page % tile_n == 0)
+    return whole if whole <= 8 else 0
+
+
 @triton.jit
 def page_numbers(rows, sequence, pad, length, first, PAGE: tl.constexpr, TILE_N: tl.constexpr):
-    """The pages of TILE_N keys from `first` on: a number where they lie in one page, else a vector; clamped."""
-    key = first
-    if PAGE % TILE_N != 0 or rows.leftpad is not None:
-        key += tl.arange(0, TILE_N)
+    """The pages of TILE_N keys from `first` on, clamped: a number of each page (`pages_of`), else one of each key."""
+    PAGES: tl.constexpr = pages_of(PAGE, TILE_N, rows.leftpad is not None)
+    there = (sequence < rows.batch) & (length > 0)
     last = tl.maximum(length - 1, 0)
-    place = rows.pages + sequence.to(tl.int64) * rows.stride_pages + (pad + tl.minimum(key, last)) // PAGE
-    page = tl.load(place, mask=(sequence < rows.batch) & (length > 0) & (key >= 0), other=0)
-    return tl.minimum(tl.maximum(page, 0), rows.n_blocks - 1)
+    place = rows.pages + sequence.to(tl.int64) * rows.stride_pages
+    if PAGES > 0:
+        numbers = ()
+        for j in tl.static_range(PAGES):
+            page = tl.load(place + tl.minimum(first // PAGE + j, last // PAGE), mask=there & (first >= 0), other=0)
+            numbers = numbers + (tl.minimum(tl.maximum(page, 0), rows.n_blocks - 1),)  # noqa: RUF005 (no * in Triton)
+        return numbers
+    else:
+        key = first + tl.arange(0, TILE_N)
+        page = tl.load(place + (pad + tl.minimum(key, last)) // PAGE, mask=there & (key >= 0), other=0)
+        return (tl.minimum(tl.maximum(page, 0), rows.n_blocks - 1),)
 
 
 @triton.jit
@@ -243,11 +275,20 @@ def cache_rows(cache, rows, block, pad, first, PAGE: tl.constexpr, TILE_N: tl.co
     if PAGE == 0:
         base = block.to(tl.int64) * cache.stride_b + (pad + first).to(tl.int64) * cache.stride_s
         offsets = base + key * cache.stride_s
-    elif PAGE % TILE_N == 0 and rows.leftpad is None:
-        base = block.to(tl.int64) * cache.stride_b + (first % PAGE).to(tl.int64) * cache.stride_s
-        offsets = base + key * cache.stride_s
     else:
-        offsets = block.to(tl.int64) * cache.stride_b + ((pad + first + key) % PAGE) * cache.stride_s
+        PAGES: tl.constexpr = pages_of(PAGE, TILE_N, rows.leftpad is not None)
+        if PAGES == 1:
+            base = block[0].to(tl.int64) * cache.stride_b + (first % PAGE).to(tl.int64) * cache.stride_s
+            offsets = base + key * cache.stride_s
+        elif PAGES > 1:
+            # Which page a row lies in is known to the compiler, so choosing costs nothing. Pages are chosen, not their
+            # offsets: of a choice, Triton 3.9 does not know that it is a multiple of the stride's alignment.
+            page = block[0]
+            for j in tl.static_range(1, PAGES):
+                page = tl.where(key // PAGE == j, block[j], page)
+            offsets = page.to(tl.int64) * cache.stride_b + key % PAGE * cache.stride_s
+        else:
+            offsets = block[0].to(tl.int64) * cache.stride_b + ((pad + first + key) % PAGE) * cache.stride_s
     return offsets
 
 
@@ -316,11 +357,13 @@ def fold_chunk(whole, part):
 
 
 @triton.jit
-def part_pointers(splits, pairs, pair, slot, row, n_rows, DIM_V: tl.constexpr, DV: tl.constexpr):
-    """Pointers to a part's O^T (DV, rows), of which n_rows are there, to its row maxima, and the mask of O^T."""
+def part_pointers(splits, pairs, pair, slot, row, n_rows, BYTES: tl.constexpr, DIM_V: tl.constexpr, DV: tl.constexpr):
+    """Pointers to a part's O^T (DV, rows), of which n_rows are there, to its row maxima, and the mask of O^T.
+
+    BYTES: that are moved at once, of rows of 32 bytes or a multiple.
+    """
     first = (pair * splits.slots + slot) * n_rows
-    # Rows of 32 bytes or a multiple, moved by 8 bytes: 16 would cost shared memory that the second program needs.
-    base = tl.multiple_of(splits.parts + first * DIM_V, 8)
+    base = tl.multiple_of(splits.parts + first * DIM_V, BYTES)
     column = tl.arange(0, DV)
     statistics = splits.parts + pairs * splits.slots * n_rows * DIM_V + 2 * (first + row)
     mask = tl.broadcast_to((row < n_rows)[None, :], [DV, row.shape[0]])
@@ -333,7 +376,8 @@ def part_pointers(splits, pairs, pair, slot, row, n_rows, DIM_V: tl.constexpr, D
 def store_part(splits, pairs, pair, slot, row, n_rows, state, DIM_V: tl.constexpr, DV: tl.constexpr):
     """Stores a chunk's state (O^T, row maxima, row sums)."""
     acc, row_max, row_sum = state
-    outs, statistics, mask = part_pointers(splits, pairs, pair, slot, row, n_rows, DIM_V, DV)
+    # 16 bytes at once would cost shared memory that the second program needs.
+    outs, statistics, mask = part_pointers(splits, pairs, pair, slot, row, n_rows, 8, DIM_V, DV)
     tl.store(outs, acc, mask=mask)
     tl.store(statistics, row_max, mask=row < n_rows)
     tl.store(statistics + 1, row_sum, mask=row < n_rows)
@@ -341,23 +385,25 @@ def store_part(splits, pairs, pair, slot, row, n_rows, state, DIM_V: tl.constexp
 
 @triton.jit
 def merge_parts(splits, pairs, pair, held, chunks, row, n_rows, DIM_V: tl.constexpr, DV: tl.constexpr):
-    """The state of MERGED rows over a pair's chunks, folded in their order; the first part holds `held` of them."""
+    """The state of MERGED rows over a pair's chunks, folded in their order; the first part holds `held` of them.
+
+    A kernel meets this code when it ends, and waits for it to come from memory: it is meant to be few instructions.
+    """
     state = (
         tl.zeros([DV, MERGED], tl.float32),
         tl.full([MERGED], float("-inf"), tl.float32),
         tl.zeros([MERGED], tl.float32),
     )
     STEP: tl.constexpr = merge_step(DV)
+    outs, statistics, mask = part_pointers(splits, pairs, pair, 0, row, n_rows, 16, DIM_V, DV)
     # Part 0, and then the chunks that it does not hold.
     for at in range(held - 1, chunks, STEP):
         for j in tl.static_range(STEP):
-            slot = tl.where(at + j < held, 0, at + j)
-            there = at + j < chunks
-            outs, statistics, mask = part_pointers(splits, pairs, pair, slot, row, n_rows, DIM_V, DV)
-            used = (row < n_rows) & there
-            acc = tl.load(outs, mask=mask & there, other=0.0, cache_modifier=".cg")
-            row_max = tl.load(statistics, mask=used, other=float("-inf"), cache_modifier=".cg")
-            row_sum = tl.load(statistics + 1, mask=used, other=0.0, cache_modifier=".cg")
+            before = tl.where(at + j < held, 0, at + j) * n_rows.to(tl.int64)
+            used = (row < n_rows) & (at + j < chunks)
+            acc = tl.load(outs + before * DIM_V, mask=mask & (at + j < chunks), other=0.0, cache_modifier=".cg")
+            row_max = tl.load(statistics + 2 * before, mask=used, other=float("-inf"), cache_modifier=".cg")
+            row_sum = tl.load(statistics + 2 * before + 1, mask=used, other=0.0, cache_modifier=".cg")
             state = fold_chunk(state, (acc, row_max, row_sum))
     return state
 
@@ -448,11 +494,11 @@ def attention_decode(
         block = page_numbers(rows, sequence, keys.pad, keys.length, first, PAGE, TILE_N)
     # Whether an earlier program has the sequence's first chunks, and so its place among the parts.
     inherited = tile > 0
-    first_sequence, first_tile, first_chunk = sequence, tile, keys.chunk
+    first_sequence, first_keys = sequence, keys
+    stored = 0
     # Chunks of the sequence that end before `tile`, and where the present one ends.
     ended = tile // keys.chunk
     chunk_end = tl.minimum(tile + keys.chunk, keys.tiles)
-    first_tiles = keys.tiles
     scale_k = descale_of(k, k_descale, tl.minimum(sequence, rows.batch - 1), head_kv)
     nothing = (
         tl.zeros([DV, ROWS], tl.float32),
@@ -472,12 +518,17 @@ def attention_decode(
         v_rows = cache_rows(v, rows, block, load_keys.pad, first, PAGE, TILE_N)
         v_tile = load_cache(v, head_kv, v_rows, valid, q_tile.dtype, DIM_V, DV)
         load_tile += 1
-        if load_tile == load_keys.tiles:
-            load_tile = 0
-            load_sequence += 1
-            load_keys = keys_of(rows, values, splits, load_sequence, TILE_N)
-            if PAGE == 0:
-                block = block_number(rows, load_sequence)
+        over = load_tile == load_keys.tiles
+        load_tile = tl.where(over, 0, load_tile)
+        load_sequence += over.to(tl.int32)
+        # Where an `if` gives nothing but numbers of blocks, Triton does not pipeline the loop (3.6 to 3.9, seen).
+        if rows.used_k is not None or rows.leftpad is not None:  # known to the compiler  # noqa: SIM102
+            if over:
+                load_keys = keys_of(rows, values, splits, load_sequence, TILE_N)
+        if PAGE == 0:
+            # Past the last sequence nothing is loaded.
+            next_block = block_number(rows, tl.where(over, load_sequence, rows.batch))
+            block = tl.where(over, next_block, block)
         if PAGE != 0:
             first = (load_keys.begin + load_tile) * TILE_N
             block = page_numbers(rows, load_sequence, load_keys.pad, load_keys.length, first, PAGE, TILE_N)
@@ -490,6 +541,7 @@ def attention_decode(
             if inherited:
                 number = sequence.to(tl.int64) * heads_kv + head_kv
                 store_part(splits, pairs, number, ended, row, n_rows, part, DIM_V, DV)
+                stored += 1
             else:
                 whole = fold_chunk(whole, part)
             state = (nothing[0], nothing[1], tl.zeros([TILE_N, ROWS], tl.float32))
@@ -510,32 +562,31 @@ def attention_decode(
                 scale_k = descale_of(k, k_descale, tl.minimum(sequence, rows.batch - 1), head_kv)
 
     # Sequences that this program shares with others: the one it began within, and the one it ended within.
-    for which in range(2):
-        if which == 0:
-            there = (first_tile > 0) & (n_tiles > 0)
-            batch = first_sequence
-            end = tl.minimum(first_tile + n_tiles, first_tiles)
-            arrived = (end + first_chunk - 1) // first_chunk - first_tile // first_chunk
-            chunks = (first_tiles + first_chunk - 1) // first_chunk
-        else:
-            there = (tile > 0) & (n_tiles > 0) & (inherited == 0)
-            batch = sequence
-            arrived = ended
-            chunks = (keys.tiles + keys.chunk - 1) // keys.chunk
-        if there:
-            number = batch.to(tl.int64) * heads_kv + head_kv
-            news = arrived
-            if which == 1:
-                store_part(splits, pairs, number, 0, row, n_rows, whole, DIM_V, DV)
-                news += arrived * HELD
-            tl.debug_barrier()  # every thread's part is written before one of them says so
-            news += tl.atomic_add(splits.arrivals + number, news, sem="acq_rel", scope="gpu")
-            if news % HELD == chunks:
+    began = stored > 0
+    ends = (ended > 0) & (inherited == 0)
+    if ends:
+        number = sequence.to(tl.int64) * heads_kv + head_kv
+        store_part(splits, pairs, number, 0, row, n_rows, whole, DIM_V, DV)
+    if began | ends:
+        which = tl.arange(0, 2)
+        news = tl.where(which == 0, stored, ended * (HELD + 1))
+        place = tl.where(which == 0, first_sequence, sequence).to(tl.int64) * heads_kv + head_kv
+        tl.debug_barrier()  # every thread's part is written before one of them says so
+        mask = tl.where(which == 0, began, ends)
+        news += tl.atomic_add(splits.arrivals + place, news, mask=mask, sem="acq_rel", scope="gpu")
+        for side in range(2):
+            arrived = tl.sum(tl.where(which == side, news, 0), 0)
+            batch = tl.where(side == 0, first_sequence, sequence)
+            tiles = tl.where(side == 0, first_keys.tiles, keys.tiles)
+            chunk = tl.where(side == 0, first_keys.chunk, keys.chunk)
+            chunks = (tiles + chunk - 1) // chunk
+            if tl.where(side == 0, began, ends) & (arrived % HELD == chunks):
+                number = batch.to(tl.int64) * heads_kv + head_kv
                 tl.store(splits.arrivals + number, 0)
                 scale_v = descale_of(v, v_descale, batch, head_kv)
                 for begin in range(0, n_rows, MERGED):
                     part_row = begin + tl.arange(0, MERGED)
-                    merged = merge_parts(splits, pairs, number, news // HELD, chunks, part_row, n_rows, DIM_V, DV)
+                    merged = merge_parts(splits, pairs, number, arrived // HELD, chunks, part_row, n_rows, DIM_V, DV)
                     head = head_kv * GROUP + part_row % GROUP
                     store_result(
                         out, lse, sink, batch, 0, head, part_row // GROUP, part_row < n_rows, scale_v, merged, DIM_V, DV

@@ -24,6 +24,7 @@ KINDS = {
     "gqa-128-appended": {"dim": 128, "group": 4, "causal": True, "new": True, "rows": True},
     "gqa-odd-group-page-16": {"group": 3, "page": 16, "causal": True, "new": True},
     "page-1-window": {"page": 1, "group": 2, "window": (SIDE, SIDE)},
+    "page-8": {"page": 8, "group": 2, "causal": True},
     "page-24-left": {"page": 24, "window": (SIDE, st.none()), "new": True},
     "leftpad-80x48-softcap-sink": {"dim": 80, "dim_v": 48, "group": 2, "pads": True, "softcap": True, "sink": True,
                                    "causal": True},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from caches import FP8, INT32, INTERPRETED, Layout, ThroughCache, a_problem, lay_out, needs_gpu, step_inputs
@@ -194,35 +196,67 @@ def test_a_cache_beyond_2_to_the_31_elements(target):
     torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("architecture", [80, 89, 90, 100, 120])
-def test_every_kernel_compiles_within_the_shared_memory_of_every_architecture(architecture, monkeypatch):
-    """A launch would fail with "out of resources" on a GPU that nobody here has."""
+@contextmanager
+def compile_only(architecture):
+    """Calls on KV caches compile their kernels and launch none; gives (name, kernel, programs of a multiprocessor)."""
     compiler = pytest.importorskip("triton.backends.compiler", reason="Triton is not installed")
     import fa4_triton
-    from fa4_triton import cache_tiles, decode_launch, launch, tiles
+    from fa4_triton import decode_launch, launch
 
     target = compiler.GPUTarget("cuda", architecture, 32)
     compiled = []
 
-    def compile_only(plan, device, grid, arguments, layout):
+    def compile_planned(plan, device, grid, arguments, layout):
         kernel = decode_launch.compile_planned(plan, arguments(False), target, layout)
         compiled.append((plan.kernel.__name__, kernel, plan.tile.programs or 1))
 
-    monkeypatch.setattr(fa4_triton, "_unavailable", lambda device: None)
-    monkeypatch.setattr(launch, "target_of", lambda device: target)
-    monkeypatch.setattr(decode_launch, "_launch", compile_only)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fa4_triton, "_unavailable", lambda device: None)
+        patch.setattr(launch, "target_of", lambda device: target)
+        patch.setattr(decode_launch, "_launch", compile_planned)
+        decode_launch.forget()
+        yield compiled
     decode_launch.forget()
-    for dim, seqlen_q, dtype in ((128, 1, torch.bfloat16), (256, 2, torch.bfloat16), (128, 40, FP8)):
-        q, new = (torch.zeros(2, seqlen_q, heads, dim, dtype=torch.bfloat16) for heads in (8, 2))
-        cache, table = torch.zeros(9, 16, 2, dim).to(dtype), torch.zeros(2, 4, dtype=INT32)
-        attention_with_kvcache(q, cache, cache, new, new, cache_seqlens=3, page_table=table, backend="triton")
-    decode_launch.forget()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("lengths", ["of the host", "of the device"])
+def test_keys_are_on_their_way_during_the_arithmetic_wherever_they_lie(lengths):
+    """Seen: with a length of the host, Triton made a loop of copies each of which was waited for at once; and under 3.9
+    a choice between two pages' offsets had elements come one by one, in loads that no pipeline takes."""
+    rows = torch.zeros(2, dtype=INT32)
+    layouts = {"contiguous": {}, "rows": {"cache_batch_idx": rows}, "leftpad": {"cache_leftpad": rows}}
+    layouts |= {page: {"page_table": torch.zeros(2, 4, dtype=INT32)} for page in (8, 16, 48, 256)}
+    q = torch.zeros(2, 1, 8, 128, dtype=torch.bfloat16)
+    copies = {}
+    for name, where in layouts.items():
+        cache = torch.zeros(2, name if "page_table" in where else 64, 2, 128, dtype=torch.bfloat16)
+        seqlens = 3 if lengths == "of the host" else rows + 3
+        with compile_only(90) as compiled:
+            attention_with_kvcache(q, cache, cache, cache_seqlens=seqlens, backend="triton", **where)
+        ((_, kernel, _),) = compiled
+        copies[name] = kernel.asm["ptx"].count("cp.async.cg")
+    # 16 bytes a thread of the query, the keys and the values of a tile, ahead of the loop and in it.
+    assert set(copies.values()) == {2 * (2 + 8 + 8)}, copies
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("architecture", [80, 89, 90, 100, 120])
+def test_every_kernel_compiles_within_the_shared_memory_of_every_architecture(architecture):
+    """A launch would fail with "out of resources" on a GPU that nobody here has."""
+    compiler = pytest.importorskip("triton.backends.compiler", reason="Triton is not installed")
+    from fa4_triton import cache_tiles, tiles
+
+    with compile_only(architecture) as compiled:
+        for dim, seqlen_q, dtype in ((128, 1, torch.bfloat16), (256, 2, torch.bfloat16), (128, 40, FP8)):
+            q, new = (torch.zeros(2, seqlen_q, heads, dim, dtype=torch.bfloat16) for heads in (8, 2))
+            cache, table = torch.zeros(9, 16, 2, dim).to(dtype), torch.zeros(2, 4, dtype=INT32)
+            attention_with_kvcache(q, cache, cache, new, new, cache_seqlens=3, page_table=table, backend="triton")
     assert [name for name, _, _ in compiled] == ["append_rows", "attention_decode"] * 2 + [
         "append_rows",
         "attention_prefill",
     ]
-    limit = tiles.SHARED_MEMORY[tiles.family_of(target)]
+    limit = tiles.SHARED_MEMORY[tiles.family_of(compiler.GPUTarget("cuda", architecture, 32))]
     for name, kernel, programs in compiled:
         # A multiprocessor has a KiB more than one program may use, and keeps one for each.
         of_each = (limit + 1) * 1024 // programs - cache_tiles.RESERVED

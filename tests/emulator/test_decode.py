@@ -112,6 +112,25 @@ def test_an_appended_step_over_split_sequences(capability, page):
     require(out, lse, expected(q, k, v, seqused_k=used, causal=True))
 
 
+@pytest.mark.parametrize("page", [0, 8, 128])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_program_that_ends_one_split_sequence_and_begins_another(capability, page):
+    """It says of both at once that its parts are written; with two sequences for three programs one of them does."""
+    lengths = [650, 700]
+    q, k, v = draw(2, 1, 3, 64, seed=9), draw(2, 700, 1, 64, seed=10), draw(2, 700, 1, 64, seed=11)
+    used = torch.tensor(lengths, dtype=INT32)
+    options = {}
+    k_cache, v_cache = k, v
+    if page:
+        (k_cache, table), (v_cache, _) = (paged(t, lengths, page) for t in (k, v))
+        options["page_table"] = table
+    with emulated_cache(capability, seed=page):
+        out, lse = dispatch.attention_with_kvcache(
+            q, k_cache, v_cache, cache_seqlens=used, return_lse=True, backend="triton", **options
+        )
+    require(out, lse, expected(q, k, v, seqused_k=used))
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_an_fp8_cache_with_a_window_a_cap_and_a_sink(capability):
     fp8 = torch.float8_e4m3fn
