@@ -33,6 +33,7 @@ from fa4_core.problem import (
 
 if TYPE_CHECKING:
     from fa4_core.backends import Backend
+    from fa4_core.kvcache import CacheProblem
 
 __all__ = ["Choice", "attention", "attention_with_kvcache", "explain", "merge_attention"]
 __version__ = "0.1.0"
@@ -71,20 +72,20 @@ class UnsupportedError(NotImplementedError):
     """No backend, or not the one named, serves the problem; the message names what is missing."""
 
 
-def _objection(name: str, kinds: Kinds, device: torch.device) -> str | None:
-    """Why the backend cannot serve the problem, or None."""
+def _objection(name: str, kinds: Kinds, device: torch.device, cache: CacheProblem | None = None) -> str | None:
+    """Why the backend cannot serve the problem, or the KV-cache call, or None."""
     backend = backends.load(name)
     why = backend.unavailable(device)
     if why is not None:
         return why
     if kinds.kv_cache and not backend.serves_kv_cache:
         return "does not support a KV cache"
-    missing = backend.missing(kinds, device)
+    missing = backend.missing(kinds, device) if cache is None else backend.missing_cache(cache)
     return f"does not support {', '.join(missing)}" if missing else None
 
 
-def _choose(kinds: Kinds, device: torch.device, name: str) -> Backend:
-    """The backend that runs the problem.
+def _choose(kinds: Kinds, device: torch.device, name: str, cache: CacheProblem | None = None) -> Backend:
+    """The backend that runs the problem, or the KV-cache call.
 
     Raises:
         ValueError: there is no backend called `name`.
@@ -92,13 +93,13 @@ def _choose(kinds: Kinds, device: torch.device, name: str) -> Backend:
     """
     if name != "auto":
         backend = backends.load(name)
-        why = _objection(name, kinds, device)
+        why = _objection(name, kinds, device, cache)
         if why is not None:
             raise UnsupportedError(f"backend={name!r}: {why}")
         return backend
     reasons = []
     for candidate in AUTO_ORDER.get(device.type, ()):
-        why = _objection(candidate, kinds, device)
+        why = _objection(candidate, kinds, device, cache)
         if why is None:
             return backends.load(candidate)
         reasons.append(f"{candidate}: {why}")

@@ -41,7 +41,7 @@ class Backend(ABC):
     """What q, k and v may have."""
     head_dim_multiple: int = 1
     serves_kv_cache: bool = False
-    """Whether it has an `attend_cache`. Which problems it serves there `missing` says, as for `forward`."""
+    """Whether it has an `attend_cache`. Which calls it serves there, `missing_cache` says."""
     backward_backend: str | None = None
     """The backend that its `backward` leaves the gradients to; None where it computes them itself."""
 
@@ -52,6 +52,10 @@ class Backend(ABC):
     @abstractmethod
     def missing(self, kinds: Kinds, device: torch.device) -> tuple[str, ...]:
         """The features the problem needs and this backend lacks on `device`; empty when it can serve."""
+
+    def missing_cache(self, problem: CacheProblem) -> tuple[str, ...]:
+        """As `missing`, for a KV-cache call of a backend that `serves_kv_cache`."""
+        return self.missing(problem.attend.kinds, problem.attend.device)
 
     @abstractmethod
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -79,6 +83,13 @@ class Backend(ABC):
         its last dimension, as all others are but for the descales.
         """
         raise NotImplementedError(f"backend {self.name!r} serves no KV cache")
+
+    def append_cache(self, problem: CacheProblem, inputs: CacheInputs, length: int) -> Tensor:
+        """The first half of `attend_cache`, for backends that leave it to another: appends to the caches in place.
+
+        Returns the query, rotated where there is a rotary embedding.
+        """
+        raise NotImplementedError(f"backend {self.name!r} appends to no KV cache")
 
 
 @functools.cache

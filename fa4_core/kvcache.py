@@ -71,9 +71,9 @@ class CacheProblem:
     `attend` is the attention itself, once the rows are appended: `batch` sequences of `seqlen_q` queries on up to
     `seqlen_k` = capacity keys. `n_blocks` counts the cache's pages, or its batch elements when it is contiguous, and
     `page_size` is their rows. `signature` is that of `CacheInputs` and, last, of `out`, None where the call makes
-    it. `positions` and `rotary_dim` are those of the rotary embedding, 0 without
-    rotary embedding; with it, the rows of q stand at consecutive positions under a mask and all at the first one
-    without.
+    it. `aligned`: whether q, the caches and `out` lie at multiples of 16 bytes. `positions` and `rotary_dim` are those
+    of the rotary embedding, 0 without; with it, the rows of q stand at consecutive positions under a mask and all at
+    the first one without.
     """
 
     attend: Problem
@@ -86,6 +86,7 @@ class CacheProblem:
     rotary_dim: int
     rotary_interleaved: bool
     num_splits: int
+    aligned: bool = True
 
     @property
     def capacity(self) -> int:
@@ -147,12 +148,13 @@ def _both(first: str, second: str, a: Meta | None, b: Meta | None) -> None:
         raise ValueError(f"{missing}: missing, but {given} was given; both or neither are accepted")
 
 
-def check_cache_signature(signature: Signature, options: CacheOptions) -> CacheProblem:
+def check_cache_signature(signature: Signature, options: CacheOptions, aligned: bool = True) -> CacheProblem:
     """Checks what calls of one signature share and returns their problem.
 
     Args:
         signature: of `CacheInputs` and, last, of `out`.
         options: the call's.
+        aligned: as in `CacheProblem`.
 
     Raises:
         TypeError: an argument has a wrong dtype.
@@ -245,6 +247,7 @@ def check_cache_signature(signature: Signature, options: CacheOptions) -> CacheP
         rotary_dim=rotary_dim,
         rotary_interleaved=rotary_interleaved,
         num_splits=num_splits,
+        aligned=aligned,
     )
 
 
@@ -400,18 +403,27 @@ class _Call(NamedTuple):
     lse: Callable[[], Tensor]
 
 
+def _are_aligned(inputs: CacheInputs, out: Tensor | None) -> bool:
+    """As `CacheProblem.aligned`."""
+    bits = 0
+    for tensor in (*inputs[:3], out):
+        if tensor is not None:
+            bits |= tensor.data_ptr()
+    return bits % 16 == 0
+
+
 @functools.lru_cache(maxsize=4096)
-def _call_of(signature: Signature, options: CacheOptions) -> _Call | None:
+def _call_of(signature: Signature, options: CacheOptions, aligned: bool) -> _Call | None:
     """Checks what equal signatures share, and chooses the backend; None where no operator is for the device.
 
-    Raises as both do.
+    aligned: as in `CacheProblem`. Raises as both do.
     """
     check_types(_NAMES, signature, ("q", "k_cache", "v_cache"), tuple)
     if any(meta is not None and meta[3].type not in ops.DEVICE_TYPES for meta in signature):
         return None
-    problem = check_cache_signature(signature, options)
+    problem = check_cache_signature(signature, options, aligned)
     attend, device = problem.attend, problem.attend.device
-    backend = ops.backend_of(attend, options.backend)
+    backend = ops.backend_of(attend, options.backend, problem)
     q, _, _, k, v, seqlens, pages, batch_idx, leftpad, cos, sin, _, _, sink, _ = signature
     rows = (meta for meta in (q, k, v, pages, cos, sin) if meta is not None)
     vectors = (meta for meta in (seqlens, batch_idx, leftpad, sink) if meta is not None)
@@ -477,7 +489,7 @@ def _operator(*args) -> None:
     out, lse, length, values, left, right, interleaved, num_splits, backend = args[_N_TENSORS:]
     scale, softcap = (None, 0.0) if values is None else values.tolist()[:2]
     options = CacheOptions(None if scale != scale else scale, softcap, left, right, interleaved, num_splits, backend)
-    call = _call_of(signature_of((*inputs, out)), options)
+    call = _call_of(signature_of((*inputs, out)), options, _are_aligned(inputs, out))
     assert call is not None  # the dispatcher has brought it here
     with torch.autocast(inputs.q.device.type, enabled=False):
         _run(call, inputs, length, out, lse, False)
@@ -518,7 +530,7 @@ def attend(
     """
     tensors = (*inputs, out)
     signature = ops.plain_signature(tensors)
-    call = None if signature is None else _call_of(signature, options)
+    call = None if signature is None else _call_of(signature, options, _are_aligned(inputs, out))
     if call is None:
         check_types(_NAMES, tensors, ("q", "k_cache", "v_cache"))
     if torch.is_grad_enabled():

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from fa4_core.problem import (
     is_contiguous,
     signature_of,
 )
+
+if TYPE_CHECKING:
+    from fa4_core.kvcache import CacheProblem
 
 _LIBRARY = torch.library.Library("fa4", "DEF")
 _TENSORS = (
@@ -58,10 +61,10 @@ DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 """Where operators have kernels: everything runs on `reference`. For calls on others, above all `meta`, the dispatcher
 finds who answers."""
 
-Chooser = Callable[[Kinds, torch.device, str], Backend]
+Chooser = Callable[[Kinds, torch.device, str, "CacheProblem | None"], Backend]
 
 
-def _no_chooser(kinds: Kinds, device: torch.device, name: str) -> Backend:
+def _no_chooser(kinds: Kinds, device: torch.device, name: str, cache: CacheProblem | None = None) -> Backend:
     raise RuntimeError("no chooser is set: import dispatch, which sets it")
 
 
@@ -69,7 +72,8 @@ _choose: Chooser = _no_chooser
 
 
 def set_chooser(choose: Chooser) -> None:
-    """Sets the function that turns (kinds, device, requested name) into the backend that runs; `dispatch` owns it."""
+    """Sets the function that turns (kinds, device, requested name, KV-cache call or None) into the backend that runs;
+    `dispatch` owns it."""
     global _choose, _last
     _choose, _last = choose, _NO_CALL
     _call_of.cache_clear()
@@ -146,9 +150,9 @@ _last: tuple[Signature | None, Options | None, _Call | None] = _NO_CALL
 takes half the time of a look-up. Always replaced as a whole, since threads share it."""
 
 
-def backend_of(problem: Problem, name: str) -> Backend:
-    """The backend that runs a problem where `name` was asked for. Raises as the chooser does."""
-    return _choose(problem.kinds, problem.device, name)
+def backend_of(problem: Problem, name: str, cache: CacheProblem | None = None) -> Backend:
+    """The backend that runs a problem, or a KV-cache call, where `name` was asked for. Raises as the chooser does."""
+    return _choose(problem.kinds, problem.device, name, cache)
 
 
 @functools.lru_cache(maxsize=4096)

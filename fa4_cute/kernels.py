@@ -11,6 +11,7 @@ import torch
 
 from fa4_core.problem import Kinds
 from fa4_cute import cache, sm90_config, sm100_config
+from fa4_cute.decode_config import CacheKinds
 
 ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
 """Compute capability to what kernels are compiled for."""
@@ -77,3 +78,17 @@ def _compile_forward(kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool
     host = kernel(kinds, config(kinds, arch), counted)
     options = f"--enable-tvm-ffi --gpu-arch {arch}"
     return cute.compile(host, *fake_arguments(kinds, sink_dtype, counted), options=options)
+
+
+def decode(kinds: CacheKinds, sink_dtype: torch.dtype | None, arch: str) -> Callable[..., None]:
+    """A compiled decode kernel, from the cache or compiled now; arguments as `decode.Decode.__call__` lists them."""
+    return cache.get(f"decode {arch} {kinds} {sink_dtype}", functools.partial(_compile_decode, kinds, sink_dtype, arch))
+
+
+def _compile_decode(kinds: CacheKinds, sink_dtype: torch.dtype | None, arch: str) -> Callable[..., None]:
+    import cutlass.cute as cute
+
+    from fa4_cute.decode import Decode
+
+    host = Decode(kinds)
+    return cute.compile(host, *host.fake_arguments(sink_dtype), options=f"--enable-tvm-ffi --gpu-arch {arch}")

@@ -1,4 +1,4 @@
-"""Softmax of a score tile of the SM90 forward, in a consumer's registers: S to P, statistics, O rescaled.
+"""Softmax of a score tile of the SM90 forward and of decoding, in registers: S to P, statistics, O rescaled.
 
 Of each tile in turn: `cap`, `hide` where rows see different keys, `weigh`, `round`, and for tiles after an item's first
 `rescale`. All work on `State`, in which element `c + 2 r + 4 j` of a thread's accumulators is row `8 r` and column

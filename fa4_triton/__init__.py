@@ -69,6 +69,9 @@ class TritonBackend(Backend):
     ) -> None:
         self._decode_launch.attend_cache(problem, inputs, length, out, lse)
 
+    def append_cache(self, problem: CacheProblem, inputs: CacheInputs, length: int) -> Tensor:
+        return self._decode_launch.append(problem, inputs, length)
+
     def backward(
         self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
     ) -> Gradients:

@@ -18,6 +18,7 @@ from triton.compiler import CompiledKernel
 from fa4_core.allocation import contiguous_stride
 from fa4_core.kvcache import FP8, CacheInputs, CacheProblem
 from fa4_core.problem import Inputs, Problem, Stride
+from fa4_core.work_space import work_space
 from fa4_triton import interpreted
 from fa4_triton import launch as host
 from fa4_triton.append import append_rows
@@ -33,7 +34,6 @@ from fa4_triton.compile import (
 )
 from fa4_triton.decode import MOST_CHUNKS, attention_decode
 from fa4_triton.prefill import attention_prefill
-from fa4_triton.work_space import work_space
 
 APPEND_TILE = CacheTile(16, 0, 4, 1)
 
@@ -268,7 +268,7 @@ def attend_cache(problem: CacheProblem, inputs: CacheInputs, length: int, out: T
     q, k_cache, v_cache, _, _, used_k, pages, cache, leftpad, _, _, k_descale, v_descale, sink = inputs
     # With no row to append there is still the query to rotate.
     if (problem.appended or problem.rotary_dim) and attend.batch:
-        q = _append(problem, inputs, length)
+        q = append(problem, inputs, length)
     tensors = (
         q, k_cache, v_cache, out, lse, sink, None, None, used_k, leftpad, cache, pages, k_descale, v_descale
     )  # fmt: skip
@@ -352,7 +352,7 @@ def _append_of(problem: CacheProblem, aligned: bool) -> _Append:
     return _Append(plan, blocks * attend.batch, layout, args)
 
 
-def _append(problem: CacheProblem, inputs: CacheInputs, length: int) -> Tensor:
+def append(problem: CacheProblem, inputs: CacheInputs, length: int) -> Tensor:
     """Launches the append; returns the query, rotated where there is a rotary embedding."""
     q, k_cache, v_cache, k, v, used_k, pages, cache, _, cos, sin, k_descale, v_descale, _ = inputs
     turned = torch.empty(q.shape, dtype=q.dtype, device=q.device) if problem.rotary_dim else None

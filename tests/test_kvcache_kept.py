@@ -23,8 +23,9 @@ from fa4_core.reserve import Reserve
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fa4_triton import decode_launch, work_space
-from fa4_triton.work_space import ARRIVALS
+from fa4_core import work_space
+from fa4_core.work_space import ARRIVALS
+from fa4_triton import decode_launch
 
 CPU = torch.device("cpu")
 

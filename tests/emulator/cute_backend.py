@@ -144,3 +144,40 @@ def emulated_cute(
     }
     with replaced(places):
         yield
+
+
+@contextmanager
+def emulated_cute_decode(arch: str, *, programs: int = 3, seed: int = 0, **machine) -> Iterator[list[Request]]:
+    """Runs the `cute` backend's calls on KV caches for `arch`, on a device of `programs` multiprocessors.
+
+    Gives the kernels that ran. What a call appends is the `triton` backend's to write, so none may.
+    """
+    import fa4_cute
+    from fa4_core import kvcache
+    from fa4_cute import decode_launch, kernels
+    from fa4_cute.decode_config import config_for
+
+    ran: list[Request] = []
+
+    def compiled(kinds, sink_dtype, device):
+        request = Request(arch, "fa4_cute.decode:Decode", (kinds,), (sink_dtype,))
+        options = {"dynamic_shared": config_for(kinds).shared_bytes, "tolerate": (), **machine}
+
+        def call(*arguments) -> None:
+            run(request, list(arguments), seed=seed, **options)
+            ran.append(request)
+            if arguments[-1].any():
+                raise AssertionError("a launch left its counters other than zero")
+
+        return call
+
+    places: dict[tuple[Any, str], Any] = {
+        (fa4_cute, "_unavailable"): lambda device: None,
+        (kernels, "architecture"): lambda device: arch,
+        (decode_launch, "_kernel"): compiled,
+        (decode_launch, "_call_of"): decode_launch._call_of.__wrapped__,
+        (kvcache, "_call_of"): kvcache._call_of.__wrapped__,
+        (torch.cuda, "get_device_properties"): lambda device: SimpleNamespace(multi_processor_count=programs),
+    }
+    with replaced(places):
+        yield ran

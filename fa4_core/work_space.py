@@ -1,4 +1,4 @@
-"""Work space of the decode kernel: parts of a split, and counters that every launch leaves as it found them, at zero.
+"""Work space of the decode kernels: parts of a split, and counters that every launch leaves as it found them, at zero.
 
 It is kept, by stream: a stream's launches follow one another. Any host thread may ask at any time, two on one stream
 included. The common path takes no lock: it reads one entry of a dict, which is one operation, and an entry never

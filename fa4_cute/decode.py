@@ -1,0 +1,666 @@
+"""The decode kernel: few query rows on long KV caches, contiguous or paged, split over the keys.
+
+One block a multiprocessor, all of whose shared memory is a ring of key tiles: decoding does next to no arithmetic, and
+what counts is that memory is never idle. Roles:
+
+- load (the last warp): brings the keys and values of the block's share (`decode_shares`) by TMA, as far ahead as the
+  ring goes, across chunks, sequences and pages;
+- the other warps: the n-th tile of a chunk is warp `n % WARPS`'s. Each has a softmax of its own and waits for no other
+  until the chunk ends; then their results are folded in order, through shared memory.
+
+Rings (arrivals that complete a slot's full / empty barrier): tiles (TMA bytes / the warp whose tile it is).
+
+A chunk's result is folded into its sequence's in registers while one block has all that came before; else it goes to
+memory as a part, and the block that arrives last at the sequence's counter folds the parts, in the same order and by
+the same operations.
+
+Products are those of a warp, 16 query rows (those of a KV head's group, and of several positions) by 8 keys or columns
+of V. Statistics are those of `softmax`; accumulators lie as `sm90_softmax` says.
+
+Source: Dao et al., "Flash-Decoding for long-context inference" (2023) for the split; Kwon et al., "PagedAttention"
+(2023) for the page table; Shah et al., "FlashAttention-3" (2024) for packing the query heads of a KV head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync, warp
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from fa4_cute.decode_config import BLOCK_COLUMNS, WARP_ROWS, WARPS, CacheKinds, DecodeConfig, config_for
+from fa4_cute.decode_shares import Calls, find_share, keys_of
+from fa4_cute.params import ALIGNMENT, DTYPES, Values
+from fa4_cute.pipelines import Cursor, Ring
+from fa4_cute.ranges import Window, visible_keys
+from fa4_cute.sm90_softmax import Softmax
+from fa4_cute.softcap import Cap, cap_of
+from fa4_cute.softmax import LOG2_E, finish, pack, rescale_factor
+from fa4_cute.views import boxes
+
+THREADS = 32 * WARPS
+"""Of the warps that compute."""
+COMPUTE_BARRIER = 1
+"""Their named barrier; barrier 0 is the block's."""
+HELD = 2**16
+"""Unit of `Splits.arrivals`."""
+READ = 128
+"""Numbers of parts that a thread reads at a time in a merge: all that fits into registers waits for memory but once."""
+
+
+class Tensors(NamedTuple):
+    """Tensors of a call, None where it has none: q, out (B, S, H, D); lse (B, H, S); sink (H,); int32 indices (B,) and
+    pages (B, pages of a sequence)."""
+
+    q: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor | None
+    sink: cute.Tensor | None
+    indices: cute.Tensor | None
+    pages: cute.Tensor | None
+
+
+class Maps(NamedTuple):
+    """TMA copies of caches, with the coordinate tensors (rows, D, heads, blocks) that they read."""
+
+    k: cute.CopyAtom
+    m_k: cute.Tensor
+    v: cute.CopyAtom
+    m_v: cute.Tensor
+
+
+class Splits(NamedTuple):
+    """Work space of the split, for each sequence and KV head (a pair).
+
+    parts: float32, for each of `slots` chunks O unnormalised (rows, D), and after them all, for each row of each, its
+    pivot (log2 units) and its sum. arrivals: int32 for each pair, 0 between launches: the chunks that arrived, and in
+    units of HELD how many of them the first part holds.
+    """
+
+    parts: cute.Tensor
+    arrivals: cute.Tensor
+    slots: Int32
+
+
+class Shared(NamedTuple):
+    """Shared memory: tiles with their slots last, the warps' O (row, column, warp) and statistics, and a word."""
+
+    k: cute.Tensor
+    v: cute.Tensor
+    out: cute.Tensor
+    statistics: cute.Tensor
+    word: cute.Tensor
+
+
+class State(NamedTuple):
+    """What a warp holds of its tiles, as `sm90_softmax` takes it: operands, accumulators, statistics of its rows."""
+
+    lane: Int32
+    mma: cute.TiledMma
+    q: cute.Tensor
+    p: cute.Tensor
+    acc_s: cute.Tensor
+    acc_o: cute.Tensor
+    pivot: cute.Tensor
+    row_sum: cute.Tensor
+    values: Values
+    cap: Cap | None
+
+
+class Folded(NamedTuple):
+    """A thread's columns of a row of folded chunks: O unnormalised, the row's pivot and sum."""
+
+    out: cute.Tensor
+    pivot: cute.Tensor
+    row_sum: cute.Tensor
+
+
+class Place(NamedTuple):
+    """What a block works on: its KV head, and the row of the folded results that the thread holds, if it is one."""
+
+    head: Int32
+    row: Int32
+    rows: Int32
+    column: Int32
+
+
+class Decode:
+    """One compiled kernel's host function and roles."""
+
+    def __init__(self, kinds: CacheKinds, config: DecodeConfig | None = None) -> None:
+        self.calls = kinds
+        self.kinds = kinds.kinds
+        self.config = config or config_for(kinds)
+        self.dtype = DTYPES[self.kinds.dtype]
+        self.softmax = Softmax(self.kinds, self.config, False)
+        self.group = self.kinds.group
+
+    def fake_arguments(self, sink_dtype: torch.dtype | None) -> list[Any]:
+        """Arguments for `cute.compile`, as `__call__` lists them, with every length and stride left open."""
+        kinds, dtype = self.kinds, self.dtype
+        aligned = ALIGNMENT * 8 // dtype.width
+
+        def rows(head_dim: int) -> Any:
+            shape = (*(cute.sym_int32() for _ in range(3)), head_dim)
+            stride = (*(cute.sym_int64(divisibility=aligned) for _ in range(3)), 1)
+            return make_fake_tensor(dtype, shape, stride, assumed_align=ALIGNMENT)
+
+        def numbers(dtype: Any, rank: int, wanted: bool = True, align: int = 0) -> Any:
+            shape = tuple(cute.sym_int32() for _ in range(rank))
+            stride = (*(cute.sym_int64() for _ in range(rank - 1)), 1)
+            return make_fake_tensor(dtype, shape, stride, assumed_align=align or dtype.width // 8) if wanted else None
+
+        return [
+            rows(kinds.head_dim),
+            rows(kinds.head_dim),
+            rows(kinds.head_dim_v),
+            rows(kinds.head_dim_v),
+            numbers(Float32, 3, self.calls.lse),
+            numbers(DTYPES[sink_dtype], 1) if sink_dtype is not None else None,
+            numbers(Int32, 1, self.calls.lengths),
+            numbers(Int32, 1, self.calls.indexed),
+            numbers(Int32, 1, self.calls.padded),
+            numbers(Int32, 2, kinds.paged),
+            Float32(1.0),
+            Float32(1.0) if kinds.softcap else None,
+            Int32(1) if kinds.window_left else None,
+            Int32(1) if kinds.window_right else None,
+            Float32(8.0),
+            Int32(1),
+            Int32(1),
+            Int32(1),
+            Int32(1),
+            Int32(1),
+            numbers(Float32, 1, align=16),
+            numbers(Int32, 1),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+        ]
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        k: cute.Tensor,
+        v: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor | None,
+        sink: cute.Tensor | None,
+        seqlens: cute.Tensor | None,
+        indices: cute.Tensor | None,
+        leftpad: cute.Tensor | None,
+        pages: cute.Tensor | None,
+        scale_log2: Float32,
+        capped_scale: Float32 | None,
+        window_left: Int32 | None,
+        window_right: Int32 | None,
+        threshold: Float32,
+        length: Int32,
+        added: Int32,
+        wanted: Int32,
+        slots: Int32,
+        teams: Int32,
+        parts: cute.Tensor,
+        arrivals: cute.Tensor,
+        stream,
+    ):
+        """Launches `teams` blocks for each KV head."""
+        config, load = self.config, cpasync.CopyBulkTensorTileG2SOp()
+        box_k, box_v = (config.box, config.head_dim), (config.box, config.head_dim_v)
+        maps = Maps(
+            *cpasync.make_tiled_tma_atom(load, _by_row(k), _rows_layout(box_k), box_k),
+            *cpasync.make_tiled_tma_atom(load, _by_row(v), _rows_layout(box_v), box_v),
+        )
+        capacity, heads = k.shape[1], k.shape[2]
+        if const_expr(pages is not None):
+            capacity = pages.shape[1] * self.calls.page_size
+        self.kernel(
+            maps,
+            Tensors(q, out, lse, sink, indices, pages),
+            Calls(seqlens, leftpad, q.shape[0], q.shape[1], capacity, length, added, wanted),
+            Values(scale_log2, capped_scale, window_left, window_right, threshold),
+            cap_of(capped_scale, scale_log2) if const_expr(self.kinds.softcap) else None,
+            Splits(parts, arrivals, slots),
+        ).launch(grid=[teams * heads, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1)
+
+    @cute.kernel
+    def kernel(
+        self,
+        maps: Maps,
+        tensors: Tensors,
+        calls: Calls,
+        values: Values,
+        cap: Cap | None,
+        splits: Splits,
+    ):
+        config = self.config
+        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        memory = cutlass.utils.SmemAllocator()
+        barriers = memory.allocate_array(Int64, 2 * config.slots)
+        tiles = Ring(barriers, config.slots, 1, 1)
+        word = cute.make_tensor(memory.allocate_array(Int32, 1), cute.make_layout(1))
+        layout_k = _rows_layout((config.tile_n, config.head_dim), config.slots)
+        layout_v = _rows_layout((config.tile_n, config.head_dim_v), config.slots)
+        s_k = memory.allocate_tensor(self.dtype, layout_k.outer, 1024, layout_k.inner)
+        s_v = memory.allocate_tensor(self.dtype, layout_v.outer, 1024, layout_v.inner)
+        of_warps = cute.make_layout(
+            (config.rows, config.head_dim_v, WARPS), stride=(config.part_stride, 1, config.rows * config.part_stride)
+        )
+        s_out = memory.allocate_tensor(Float32, of_warps, 16)
+        s_statistics = memory.allocate_tensor(Float32, cute.make_layout((2, config.rows, WARPS)), 16)
+        shared = Shared(s_k, s_v, s_out, s_statistics, word)
+
+        if warp_index == 0:
+            with cute.arch.elect_one():
+                tiles.init()
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        block, _, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
+        heads = maps.m_k.shape[2]
+        window = Window(values.window_left, values.window_right)
+        share = find_share(block // heads, blocks // heads, calls, window, config.tile_n)
+        if warp_index == WARPS:
+            cpasync.prefetch_descriptor(maps.k)
+            cpasync.prefetch_descriptor(maps.v)
+            self.load(maps, tensors, shared, tiles, calls, window, share, block % heads)
+        else:
+            self.compute(tensors, shared, tiles, calls, window, values, cap, splits, share, block % heads, heads)
+
+    @cute.jit
+    def load(self, maps, tensors, shared, tiles, calls, window, share, head):
+        """The load warp. Waits on the tiles' empty barriers; TMA completes their full ones."""
+        config = self.config
+        at = tiles.start()
+        sequence, tile = share.sequence, share.tile
+        keys = keys_of(sequence, calls, window, config.tile_n)
+        blocks = self._blocks(maps, tensors, calls, sequence, keys, tile)
+        for _ in cutlass.range(share.tiles, unroll=1):
+            tiles.acquire(at)
+            with cute.arch.elect_one():
+                tiles.expect(at, config.slot_bytes)
+            first = keys.pad + (keys.span.begin + tile) * config.tile_n
+            for r in cutlass.range_constexpr(config.tile_n // config.box):
+                row, number = first, blocks
+                if const_expr(tensors.pages is not None):
+                    row = (first + r * config.box) % self.calls.page_size
+                    number = cute.arch.shuffle_sync(blocks, r)
+                self._bring(maps.k, maps.m_k, shared.k, head, number, row, r, tiles, at)
+                self._bring(maps.v, maps.m_v, shared.v, head, number, row, r, tiles, at)
+            at = tiles.next(at)
+            tile += 1
+            if tile == keys.tiles:
+                tile = Int32(0)
+                sequence += 1
+                keys = keys_of(sequence, calls, window, config.tile_n)
+            blocks = self._blocks(maps, tensors, calls, sequence, keys, tile)
+
+    @cute.jit
+    def _blocks(self, maps, tensors, calls, sequence, keys, tile):
+        """The batch element of a contiguous cache; of a paged one, the page of the lane's box of a tile. Clamped."""
+        config = self.config
+        sequence = cutlass.min(sequence, calls.batch - 1)
+        number = sequence
+        if const_expr(tensors.pages is not None):
+            box = cute.arch.lane_idx() % (config.tile_n // config.box)
+            key = (keys.span.begin + tile) * config.tile_n + box * config.box
+            key = cutlass.min(key, cutlass.max(keys.length - 1, 0))
+            number = tensors.pages[sequence, key // self.calls.page_size]
+        if const_expr(tensors.indices is not None):
+            number = tensors.indices[sequence]
+        return cutlass.min(cutlass.max(number, 0), maps.m_k.shape[3] - 1)
+
+    @cute.jit
+    def _bring(self, atom, m_cache, s_tiles, head, block, row, r: cutlass.Constexpr[int], tiles, at):
+        """The r-th rows of a tile, from `row` of a block of the cache on."""
+        rows = cute.domain_offset((row, 0), m_cache[None, None, head, block])
+        box = (self.config.box, s_tiles.shape[1])
+        g_box = cute.local_tile(rows, box, (0, 0))
+        s_box = cute.local_tile(s_tiles[None, None, at.index], box, (r, 0))
+        t_s, t_g = boxes(atom, s_box, g_box, 2)
+        cute.copy(atom, t_g, t_s, tma_bar_ptr=tiles.full_barrier(at))
+
+    @cute.jit
+    def compute(self, tensors, shared, tiles, calls, window, values, cap, splits, share, head, heads):
+        """A warp that computes. Waits on the tiles' full barriers and lets go of their slots."""
+        config = self.config
+        thread, _, _ = cute.arch.thread_idx()
+        warp_index = cute.arch.make_warp_uniform(thread // 32)
+        mma = cute.make_tiled_mma(
+            warp.MmaF16BF16Op(self.dtype, Float32, (16, 8, 16)),
+            cute.make_layout((1, 1, 1)),
+            permutation_mnk=(16, 16, 16),
+        )
+        of_lane = mma.get_slice(thread % 32)
+        state = State(
+            lane=thread % 32,
+            mma=mma,
+            q=mma.make_fragment_A(of_lane.partition_shape_A((WARP_ROWS, config.head_dim))),
+            p=mma.make_fragment_A(of_lane.partition_shape_A((WARP_ROWS, config.tile_n))),
+            acc_s=cute.make_rmem_tensor(of_lane.partition_shape_C((WARP_ROWS, config.tile_n)), Float32),
+            acc_o=cute.make_rmem_tensor(of_lane.partition_shape_C((WARP_ROWS, config.head_dim_v)), Float32),
+            pivot=cute.make_rmem_tensor(2, Float32),
+            row_sum=cute.make_rmem_tensor(2, Float32),
+            values=values,
+            cap=cap,
+        )
+        rows, of_row = calls.rows_q * self.group, config.row_threads
+        place = Place(head, thread // of_row, rows, thread % of_row * 4)
+        whole = self._nothing()
+        sequence, tile, n_tiles = share
+        keys = keys_of(sequence, calls, window, config.tile_n)
+        # Whether an earlier team has the sequence's first chunks, and so this block's place among the parts.
+        inherited = tile > 0
+        first_sequence, first_tile, first_keys = sequence, tile, keys
+        # Tiles of the share and chunks of the sequence that are done.
+        done, ended = Int32(0), tile // keys.chunk
+        fresh = True
+        while done < n_tiles:
+            if fresh:
+                self._load_query(state, tensors.q, sequence, place)
+            count = cutlass.min(keys.chunk, keys.tiles - tile)
+            state.acc_o.fill(0.0)
+            state.pivot.fill(-Float32.inf)
+            state.row_sum.fill(0.0)
+            for n in cutlass.range(warp_index, count, WARPS, unroll=1):
+                number = done + n
+                at = Cursor(number % config.slots, number // config.slots % 2)
+                self._fold_tile(state, shared, tiles, at, keys, window, calls.rows_q, keys.span.begin + tile + n)
+            part = self._fold_warps(state, shared, warp_index, place)
+            if inherited:
+                pair = Int64(sequence) * heads + head
+                self._store_part(splits, calls.batch * heads, pair, ended, place, part)
+            else:
+                self._fold(whole, part)
+            done += count
+            tile += count
+            ended += 1
+            fresh = tile == keys.tiles
+            if fresh:
+                if not inherited:
+                    self._store_result(tensors, sequence, place, whole)
+                self._clear(whole)
+                inherited = False
+                tile, ended = Int32(0), Int32(0)
+                sequence += 1
+                keys = keys_of(sequence, calls, window, config.tile_n)
+
+        # Sequences that this block shares with others: the one it began within, and the one it ended within.
+        if first_tile > 0 and n_tiles > 0:
+            end = cutlass.min(first_tile + n_tiles, first_keys.tiles)
+            arrived = cute.ceil_div(end, first_keys.chunk) - first_tile // first_keys.chunk
+            chunks = cute.ceil_div(first_keys.tiles, first_keys.chunk)
+            self._arrive(tensors, shared, splits, calls, first_sequence, place, heads, arrived, chunks)
+        if tile > 0 and n_tiles > 0 and not inherited:
+            self._store_part(splits, calls.batch * heads, Int64(sequence) * heads + head, Int32(0), place, whole)
+            chunks = cute.ceil_div(keys.tiles, keys.chunk)
+            self._arrive(tensors, shared, splits, calls, sequence, place, heads, ended + ended * HELD, chunks)
+
+    @cute.jit
+    def _load_query(self, state, m_q, sequence, place):
+        """Q's fragments: of each 16 columns, pairs at rows 0 and 8 and at columns 0 and 8 after the lane's own."""
+        pairs = cute.recast_tensor(state.q, Int32)
+        for r in cutlass.range_constexpr(2):
+            row = state.lane // 4 + 8 * r
+            there = row < place.rows
+            line = m_q[sequence, row // self.group if there else 0, place.head * self.group + row % self.group, None]
+            line = cute.recast_tensor(line, Int32)
+            for n in cutlass.range_constexpr(self.config.head_dim // 8):
+                pair = Int32(0)
+                if there:
+                    pair = line[4 * n + state.lane % 4]
+                pairs[4 * (n // 2) + 2 * (n % 2) + r] = pair
+
+    @cute.jit
+    def _fold_tile(self, state, shared, tiles, at, keys, window, rows_q, tile):
+        """Folds a key tile into the warp's state, and lets go of its slot."""
+        config = self.config
+        # A parity tells a lap from the one before it alone, and copies may end in another order: what another warp is
+        # waiting for in this slot, one lap back, may not be there yet. So until that warp has let go of it, as the load
+        # warp does; it cannot be two laps back, since there are as many slots as warps.
+        tiles.acquire(at)
+        tiles.wait(at)
+        if keys.span.begin < keys.span.end:  # else what was read is nobody's
+            state.acc_s.fill(0.0)
+            self._multiply(state, state.acc_s, state.q, shared.k, at.index, False)
+            near = self.softmax.cap(state, True)
+            if tile < keys.span.full_begin or tile >= keys.span.full_end:
+                self._hide(state, shared.v, at.index, keys, window, rows_q, tile)
+            moved, factor = self.softmax.weigh(state, near, True)
+            self.softmax.rescale(state, moved, factor)
+            self.softmax.round(state)
+            s_vt = cute.composition(
+                shared.v, cute.make_ordered_layout((config.head_dim_v, config.tile_n, config.slots), order=(1, 0, 2))
+            )
+            self._multiply(state, state.acc_o, state.p, s_vt, at.index, True)
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            tiles.release(at)
+
+    @cute.jit
+    def _multiply(self, state, acc, a, s_b, slot, transpose: cutlass.Constexpr[bool]):
+        """acc += a b^T with b (columns of acc, depth, slot) in shared memory, read 16 of its depth at a time."""
+        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose, 4), self.dtype)
+        copy = cute.make_tiled_copy_B(atom, state.mma).get_slice(state.lane)
+        t_s = copy.partition_S(s_b)
+        fragment = state.mma.make_fragment_B(state.mma.get_slice(state.lane).partition_B(s_b[None, None, 0]))
+        r_b = copy.retile(fragment)
+        for depth in cutlass.range_constexpr(cute.size(fragment.shape[2])):
+            cute.copy(atom, t_s[None, None, depth, slot], r_b[None, None, depth])
+            cute.gemm(state.mma, acc, a[None, None, depth], fragment[None, None, depth], acc)
+
+    @cute.jit
+    def _hide(self, state, s_v, slot, keys, window, rows_q, tile):
+        """Hides the scores of keys that their row does not see, and zeros the values that no row sees.
+
+        Those may be anything, and 0 times a NaN would show.
+        """
+        config = self.config
+        first_key = tile * config.tile_n
+        for r in cutlass.range_constexpr(2):
+            position = cutlass.min((state.lane // 4 + 8 * r) // self.group, rows_q - 1)
+            first, end = visible_keys(position, rows_q, keys.length, window)
+            column = first_key + state.lane % 4 * 2
+            first, end = first - column, end - column
+            for j in cutlass.range_constexpr(config.tile_n // 8):
+                for c in cutlass.range_constexpr(2):
+                    at = 4 * j + 2 * r + c
+                    visible = 8 * j + c < end and 8 * j + c >= first
+                    state.acc_s[at] = state.acc_s[at] if visible else -Float32.inf
+        first, _ = visible_keys(Int32(0), rows_q, keys.length, window)
+        _, end = visible_keys(rows_q - 1, rows_q, keys.length, window)
+        pieces = config.head_dim_v // 8  # of a row, 16 bytes each
+        zeros = cute.make_rmem_tensor(8, self.dtype)
+        zeros.fill(0.0)
+        for at in cutlass.range(state.lane, config.tile_n * pieces, 32, unroll=1):
+            key = first_key + at // pieces
+            if key < first or key >= end:
+                line = s_v[at // pieces, None, slot]
+                cute.autovec_copy(zeros, cute.local_tile(line, (8,), (at % pieces,)))
+        cute.arch.fence_view_async_shared()  # TMA writes there next
+        cute.arch.sync_warp()
+
+    def _nothing(self) -> Folded:
+        folded = Folded(
+            cute.make_rmem_tensor(self.config.columns, Float32),
+            cute.make_rmem_tensor(1, Float32),
+            cute.make_rmem_tensor(1, Float32),
+        )
+        self._clear(folded)
+        return folded
+
+    @cute.jit
+    def _clear(self, folded):
+        folded.out.fill(0.0)
+        folded.pivot.fill(-Float32.inf)
+        folded.row_sum.fill(0.0)
+
+    @cute.jit
+    def _fold(self, whole, part):
+        """Folds a chunk into what came before it."""
+        highest = cute.arch.fmax(whole.pivot[0], part.pivot[0], nan=True)
+        before, factor = rescale_factor(whole.pivot[0], highest), rescale_factor(part.pivot[0], highest)
+        for at in cutlass.range_constexpr(cute.size(whole.out)):
+            whole.out[at] = _fma(part.out[at], factor, whole.out[at] * before)
+        whole.row_sum[0] = _fma(part.row_sum[0], factor, whole.row_sum[0] * before)
+        whole.pivot[0] = highest
+
+    @cute.jit
+    def _fold_warps(self, state, shared, warp_index, place):
+        """The chunk's result: those of the warps, in their order."""
+        rows = place.rows
+        for r in cutlass.range_constexpr(2):
+            row = state.lane // 4 + 8 * r
+            total = state.row_sum[r]
+            total = total + cute.arch.shuffle_sync_bfly(total, 1)
+            total = total + cute.arch.shuffle_sync_bfly(total, 2)
+            if row < rows:
+                line = shared.out[row, None, warp_index]
+                for j in cutlass.range_constexpr(self.config.head_dim_v // 8):
+                    pair = cute.make_rmem_tensor(2, Float32)
+                    pair[0], pair[1] = state.acc_o[4 * j + 2 * r], state.acc_o[4 * j + 2 * r + 1]
+                    cute.autovec_copy(pair, cute.local_tile(line, (2,), (4 * j + state.lane % 4,)))
+                if state.lane % 4 == 0:
+                    shared.statistics[0, row, warp_index] = state.pivot[r]
+                    shared.statistics[1, row, warp_index] = total
+        self._sync()
+        chunk = self._nothing()
+        if place.row < rows:
+            pivots = [shared.statistics[0, place.row, w] for w in range(WARPS)]
+            highest = pivots[0]
+            for w in cutlass.range_constexpr(1, WARPS):
+                highest = cute.arch.fmax(highest, pivots[w], nan=True)
+            chunk.pivot[0] = highest
+            for w in cutlass.range_constexpr(WARPS):
+                factor = rescale_factor(pivots[w], highest)
+                chunk.row_sum[0] = _fma(shared.statistics[1, place.row, w], factor, chunk.row_sum[0])
+                line = shared.out[place.row, None, w]
+                for n in cutlass.range_constexpr(self.config.columns // 4):
+                    four = cute.make_rmem_tensor(4, Float32)
+                    cute.autovec_copy(self._four(line, place, n), four)
+                    for i in cutlass.range_constexpr(4):
+                        chunk.out[4 * n + i] = _fma(four[i], factor, chunk.out[4 * n + i])
+        self._sync()  # the next chunk's results go to the same place
+        return chunk
+
+    def _four(self, line, place, n):
+        """The thread's n-th 4 columns of a row."""
+        return cute.local_tile(line, (4,), (place.column // 4 + self.config.row_threads * n,))
+
+    @cute.jit
+    def _sync(self):
+        cute.arch.barrier(barrier_id=COMPUTE_BARRIER, number_of_threads=THREADS)
+
+    @cute.jit
+    def _part(self, splits, pairs, pair, slot, place):
+        """A part's row: its columns (head_dim_v,), and its pivot and sum (2,)."""
+        dim = self.kinds.head_dim_v
+        number = (pair * splits.slots + slot) * place.rows + place.row
+        after = Int64(pairs) * splits.slots * place.rows * dim
+        parts = splits.parts.iterator
+        return (
+            cute.make_tensor((parts + number * dim).align(16), cute.make_layout(dim)),
+            cute.make_tensor((parts + (after + 2 * number)).align(8), cute.make_layout(2)),
+        )
+
+    @cute.jit
+    def _store_part(self, splits, pairs, pair, slot, place, folded):
+        if place.row < place.rows:
+            line, statistics = self._part(splits, pairs, pair, slot, place)
+            for n in cutlass.range_constexpr(self.config.columns // 4):
+                cute.autovec_copy(cute.local_tile(folded.out, (4,), (n,)), self._four(line, place, n))
+            if place.column == 0:
+                statistics[0] = folded.pivot[0]
+                statistics[1] = folded.row_sum[0]
+
+    @cute.jit
+    def _arrive(self, tensors, shared, splits, calls, sequence, place, heads, news, chunks):
+        """Says that this block's parts are there; the last block to do so folds all, and stores the result."""
+        pair = Int64(sequence) * heads + place.head
+        thread, _, _ = cute.arch.thread_idx()
+        cute.arch.fence_acq_rel_gpu()
+        self._sync()
+        if thread == 0:
+            arrivals = splits.arrivals.iterator + pair
+            news += cute.arch.atomic_add(arrivals, news, sem="acq_rel", scope="gpu")
+            shared.word[0] = news
+            if news % HELD == chunks:
+                splits.arrivals[pair] = Int32(0)
+        self._sync()
+        news = shared.word[0]
+        self._sync()
+        if news % HELD == chunks:
+            whole = self._nothing()
+            if place.row < place.rows:
+                self._merge(whole, splits, calls.batch * heads, pair, cutlass.max(news // HELD, 1), chunks, place)
+            self._store_result(tensors, sequence, place, whole)
+
+    @cute.jit
+    def _merge(self, whole, splits, pairs, pair, held, chunks, place):
+        """Folds a pair's parts in their order: the first, which holds `held` chunks, and those of the chunks after."""
+        at_once = max(1, READ // self.config.columns)
+        for base in cutlass.range(held - 1, chunks, at_once, unroll=1):
+            read = [self._nothing() for _ in range(at_once)]
+            for j in cutlass.range_constexpr(at_once):
+                # Without a branch, so that all are read at once.
+                chunk = cutlass.min(base + j, chunks - 1)
+                slot = Int32(0) if chunk < held else chunk
+                line, statistics = self._part(splits, pairs, pair, slot, place)
+                for n in cutlass.range_constexpr(self.config.columns // 4):
+                    cute.autovec_copy(self._four(line, place, n), cute.local_tile(read[j].out, (4,), (n,)))
+                read[j].pivot[0] = statistics[0]
+                read[j].row_sum[0] = statistics[1]
+            for j in cutlass.range_constexpr(at_once):
+                if base + j < chunks:
+                    self._fold(whole, read[j])
+
+    @cute.jit
+    def _store_result(self, tensors, sequence, place, whole):
+        """Normalises a row, adds the sink, and stores out and, if wanted, lse."""
+        if place.row < place.rows:
+            position, head = place.row // self.group, place.head * self.group + place.row % self.group
+            sink = None
+            if const_expr(tensors.sink is not None):
+                sink = Float32(tensors.sink[head]) * LOG2_E
+            scale, lse = finish(whole.pivot[0], whole.row_sum[0], sink)
+            line = cute.recast_tensor(tensors.out[sequence, position, head, None], Int32)
+            for n in cutlass.range_constexpr(self.config.columns // 4):
+                for c in cutlass.range_constexpr(2):
+                    at = 4 * n + 2 * c
+                    pair = pack(whole.out[at] * scale, whole.out[at + 1] * scale, self.dtype)
+                    line[2 * self.config.row_threads * n + place.column // 2 + c] = pair
+            if const_expr(tensors.lse is not None):
+                if place.column == 0:
+                    tensors.lse[sequence, head, position] = lse
+
+
+def _by_row(cache: cute.Tensor) -> cute.Tensor:
+    """A (blocks, rows, H, D) cache as (rows, (64, D / 64), H, blocks).
+
+    A box of TMA is no wider than its swizzle, 64 columns; in this order it brings all columns of a row before the next
+    row, as they lie in memory.
+    """
+    (blocks, rows, heads, dim), (block, row, head, _) = cache.layout.shape, cache.layout.stride
+    shape = (rows, (BLOCK_COLUMNS, dim // BLOCK_COLUMNS), heads, blocks)
+    return cute.make_tensor(cache.iterator, cute.make_layout(shape, stride=(row, (1, BLOCK_COLUMNS), head, block)))
+
+
+def _rows_layout(tile: tuple[int, int], *slots: int) -> cute.ComposedLayout:
+    """Rows of shared memory one after the other, under the 128-byte swizzle."""
+    rows, dim = tile
+    plain = cute.make_layout(
+        (rows, (BLOCK_COLUMNS, dim // BLOCK_COLUMNS), *slots),
+        stride=(dim, (1, BLOCK_COLUMNS), *(rows * dim for _ in slots)),
+    )
+    return cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, plain)
+
+
+def _fma(a: Float32, b: Float32, c: Float32) -> Float32:
+    """a b + c, rounded once: wherever a fold is made, its operations are the same."""
+    return cute.arch.inline_ptx(
+        "fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c]
+    )

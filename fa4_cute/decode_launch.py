@@ -1,0 +1,89 @@
+"""From a checked KV-cache call to a launch of the decode kernel: the compiled kernel, work space, number of blocks.
+
+An inference engine calls this thousands of times a second: what follows from a call's signature is made once and kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fa4_core.kvcache import CacheInputs, CacheProblem
+from fa4_core.work_space import work_space
+from fa4_cute import kernels
+from fa4_cute.decode_config import CacheKinds, parts_of, slots_of
+
+LOG2_E = math.log2(math.e)
+
+
+class _Call(NamedTuple):
+    """What calls of one signature share. values, sizes: the kernel's numbers before and after the length."""
+
+    kernel: Callable[..., None]
+    values: tuple[float | int | None, ...]
+    sizes: tuple[int, ...]
+    n_parts: int
+    n_arrivals: int
+    wide_sink: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def _call_of(problem: CacheProblem, with_lse: bool) -> _Call:
+    attend, kinds = problem.attend, problem.attend.kinds
+    _, _, _, _, _, seqlens, _, indices, leftpad, *_, sink, _ = problem.signature
+    rows = next(rows for rows in (4, 8, 16) if attend.seqlen_q * kinds.group <= rows)
+    cache_kinds = CacheKinds(
+        kinds=kinds,
+        rows=rows,
+        page_size=problem.page_size if kinds.paged else 0,
+        lengths=seqlens is not None,
+        indexed=indices is not None,
+        padded=leftpad is not None,
+        lse=with_lse,
+    )
+    sink_dtype = None if sink is None else sink[2]
+    wide_sink = sink_dtype == torch.float64  # which no kernel reads
+    scale, capped = attend.softmax_scale * LOG2_E, None
+    if kinds.softcap:
+        scale, capped = attend.softcap * LOG2_E, attend.softmax_scale / attend.softcap
+    values = (
+        scale,
+        capped,
+        attend.window_left if kinds.window_left else None,
+        attend.window_right if kinds.window_right else None,
+        float(attend.rescale_threshold),
+    )
+    sms = torch.cuda.get_device_properties(attend.device).multi_processor_count
+    return _Call(
+        kernel=_kernel(cache_kinds, torch.float32 if wide_sink else sink_dtype, attend.device),
+        values=values,
+        sizes=(problem.appended, problem.num_splits, slots_of(problem), max(1, sms // attend.heads_kv)),
+        n_parts=parts_of(problem),
+        n_arrivals=attend.batch * attend.heads_kv,
+        wide_sink=wide_sink,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernel(kinds: CacheKinds, sink_dtype: torch.dtype | None, device: torch.device) -> Callable[..., None]:
+    """The compiled kernel; kept a device, since a loaded kernel may belong to the device it was first launched on."""
+    arch = kernels.architecture(device)
+    assert arch is not None
+    return kernels.decode(kinds, sink_dtype, arch)
+
+
+def attend_cache(problem: CacheProblem, inputs: CacheInputs, length: int, out: Tensor, lse: Tensor | None) -> None:
+    """Writes out and lse, once the call's rows are appended; arguments as in `Backend.attend_cache`."""
+    call = _call_of(problem, lse is not None)
+    q, k, v, _, _, seqlens, pages, indices, leftpad, _, _, _, _, sink = inputs
+    if call.wide_sink and sink is not None:
+        sink = sink.float()
+    parts, arrivals = work_space(call.n_parts, call.n_arrivals, problem.attend.device)
+    call.kernel(
+        q, k, v, out, lse, sink, seqlens, indices, leftpad, pages, *call.values, length, *call.sizes, parts, arrivals
+    )

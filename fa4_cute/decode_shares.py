@@ -1,0 +1,127 @@
+"""Which keys a block of the decode kernel works on.
+
+The blocks of one KV head each form a team, which read the same keys at the same time, since the heads of a key lie side
+by side in memory. The key tiles of all sequences stand in one row, cut into equal shares, one a team. A cut is moved to
+where the nearest chunk of tiles begins, and where chunks begin depends on nothing but the sequence's own length: each
+chunk has a softmax of its own, folded into the sequence's in order, so results depend neither on the batch nor on who
+computed what.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, const_expr
+
+from fa4_cute.decode_config import MOST_CHUNKS, WARPS
+from fa4_cute.ranges import Span, Window, key_span
+from fa4_cute.schedule import LANES, _sums
+
+
+class Calls(NamedTuple):
+    """The sequences of a call: int32 tensors (batch,) of lengths and of padded rows, or None, and sizes.
+
+    capacity: rows of a sequence's cache. length: of every sequence, where no tensor says it. added: rows appended
+    behind cache_seqlens. wanted: chunks a sequence, 0 for the default.
+    """
+
+    seqlens: cute.Tensor | None
+    leftpad: cute.Tensor | None
+    batch: Int32
+    rows_q: Int32
+    capacity: Int32
+    length: Int32
+    added: Int32
+    wanted: Int32
+
+
+class Keys(NamedTuple):
+    """The keys of a sequence: padded rows before them, their number, tiles visited (one at least), tiles of a chunk."""
+
+    pad: Int32
+    length: Int32
+    span: Span
+    tiles: Int32
+    chunk: Int32
+
+
+class Share(NamedTuple):
+    """A block's work: the sequence and the tile in it that it begins with, and its number of tiles."""
+
+    sequence: Int32
+    tile: Int32
+    tiles: Int32
+
+
+@cute.jit
+def keys_of(sequence: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Keys:
+    """The keys of a sequence; past the last one, those of the last. Clamped, whatever the device says."""
+    length = calls.length
+    sequence = cutlass.min(sequence, calls.batch - 1)
+    if const_expr(calls.seqlens is not None):
+        length = calls.seqlens[sequence]
+    # Clamped before and after the sum: a wild length must not wrap around.
+    length = cutlass.min(cutlass.min(cutlass.max(length, 0), calls.capacity) + calls.added, calls.capacity)
+    pad = Int32(0)
+    if const_expr(calls.leftpad is not None):
+        pad = cutlass.min(cutlass.max(calls.leftpad[sequence], 0), length)
+    length -= pad
+    span = key_span(Int32(0), calls.rows_q, calls.rows_q, length, window, tile_n)
+    tiles = cutlass.max(span.end - span.begin, 1)
+    # A multiple of the warps: 32 chunks of up to 16 tiles, and then more chunks.
+    chunk = cutlass.max(cutlass.min(cute.ceil_div(tiles, 32), 16), cute.ceil_div(tiles, MOST_CHUNKS))
+    chunk = cute.ceil_div(chunk, WARPS) * WARPS
+    if calls.wanted > 0:
+        chunk = cute.ceil_div(tiles, calls.wanted)
+    return Keys(pad, length, span, tiles, chunk)
+
+
+@cute.jit
+def find_share(team: Int32, teams: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Share:
+    """The share of a team; called by a whole warp, whose lanes look at 32 sequences at a time."""
+    lane = cute.arch.lane_idx()
+    total = Int32(0)
+    for base in cutlass.range(0, calls.batch, LANES, unroll=1):
+        tiles = keys_of(base + lane, calls, window, tile_n).tiles
+        total += tiles if base + lane < calls.batch else Int32(0)
+    for distance in (16, 8, 4, 2, 1):
+        total += cute.arch.shuffle_sync_bfly(total, distance)
+    first = Int32(Int64(total) * team // teams)
+    last = Int32(Int64(total) * (team + 1) // teams)
+    counted = Int32(0)
+    first_sequence, before_first, last_sequence, before_last = Int32(0), Int32(0), Int32(0), Int32(0)
+    for base in cutlass.range(0, calls.batch, LANES, unroll=1):
+        tiles = keys_of(base + lane, calls, window, tile_n).tiles
+        tiles = tiles if base + lane < calls.batch else Int32(0)
+        before, sum_all = _sums(tiles)
+        end = counted + before + tiles
+        exists = base + lane < calls.batch
+        passed = cute.arch.popc(cute.arch.vote_ballot_sync(exists and end <= first))
+        there = cute.arch.shuffle_sync(end, cutlass.max(passed - 1, 0))
+        first_sequence += passed
+        before_first = there if passed > 0 else before_first
+        passed = cute.arch.popc(cute.arch.vote_ballot_sync(exists and end <= last))
+        there = cute.arch.shuffle_sync(end, cutlass.max(passed - 1, 0))
+        last_sequence += passed
+        before_last = there if passed > 0 else before_last
+        counted += sum_all
+    first_sequence, tile, begin = _nearest_chunk(first_sequence, before_first, first, calls, window, tile_n)
+    _, _, end = _nearest_chunk(last_sequence, before_last, last, calls, window, tile_n)
+    return Share(first_sequence, tile, end - begin)
+
+
+@cute.jit
+def _nearest_chunk(
+    sequence: Int32, before: Int32, at: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]
+) -> tuple[Int32, Int32, Int32]:
+    """Where the chunk nearest to tile `at` begins, in a sequence whose tiles begin at `before`, or in the next one.
+
+    Returns (sequence, tile in it, its place among all tiles).
+    """
+    keys = keys_of(sequence, calls, window, tile_n)
+    tile = (at - before + keys.chunk // 2) // keys.chunk * keys.chunk
+    place = before + cutlass.min(tile, keys.tiles)
+    passed = tile >= keys.tiles
+    return sequence + Int32(passed), Int32(0) if passed else tile, place

@@ -1,0 +1,151 @@
+"""The CuTe DSL decode kernel as compiled for Hopper and Blackwell: layouts, splits, and what it must not depend on."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("cutlass") is None, reason="needs the package nvidia-cutlass-dsl"
+)
+dispatch = pytest.importorskip("dispatch", reason="run from the repository's root")
+
+from fa4_core import kvcache  # noqa: E402
+from fa4_core.checks import compare, expected  # noqa: E402
+
+from .cute_backend import emulated_cute_decode  # noqa: E402
+from .test_decode import draw, paged, require, wild  # noqa: E402
+
+INT32 = torch.int32
+# Compile-time axes, covered rather than crossed. page 0: contiguous; indexed, padded: cache_batch_idx, cache_leftpad.
+KINDS = {
+    "plain-128-gqa": {"dim": 128, "group": 4},
+    "page-16-64-causal-sink": {"page": 16, "causal": True, "group": 2, "sink": True},
+    "page-24-window": {"page": 24, "window": (100, 5), "group": 5},
+    "indexed-128x64-left": {"dim": 128, "dim_v": 64, "window": (90, None), "indexed": True, "group": 3},
+    "padded-softcap": {"padded": True, "softcap": 5.0, "causal": True, "group": 8},
+    "256-half": {"dim": 256, "group": 1, "causal": True, "dtype": torch.float16},
+}
+
+
+def call_of(kinds, lengths, seqlen_q, seed, room=40):
+    """(q, caches, options of the call) and the same problem as dense tensors; NaN wherever no valid key is."""
+    dim, dim_v, group = kinds.get("dim", 64), kinds.get("dim_v", kinds.get("dim", 64)), kinds["group"]
+    dtype, batch, longest = kinds.get("dtype", torch.bfloat16), len(lengths), max(lengths) + room
+    q = draw(batch, seqlen_q, 2 * group, dim, seed=seed, dtype=dtype)
+    k, v = (draw(batch, longest, 2, d, seed=seed + 1 + i, dtype=dtype) for i, d in enumerate((dim, dim_v)))
+    used = torch.tensor(lengths, dtype=INT32)
+    shared = {name: kinds[name] for name in ("causal", "window", "softcap") if name in kinds}
+    if kinds.get("sink"):
+        shared["sink"] = torch.linspace(-1, 2, 2 * group)
+    options = {"cache_seqlens": used, **shared}
+    if kinds.get("page"):
+        (k_cache, table), (v_cache, _) = (paged(t, lengths, kinds["page"], room) for t in (k, v))
+        options["page_table"] = table
+    else:
+        pads = [(7 * b + seed) % 70 if kinds.get("padded") else 0 for b in range(batch)]
+        rows = [(b + 1) % (batch + 1) for b in range(batch)] if kinds.get("indexed") else list(range(batch))
+        shape = (batch + 1 if kinds.get("indexed") else batch, longest + max(pads))
+        k_cache, v_cache = (torch.full((*shape, *t.shape[2:]), float("nan"), dtype=dtype) for t in (k, v))
+        for b, n in enumerate(lengths):
+            at = slice(pads[b], pads[b] + n)
+            k_cache[rows[b], at], v_cache[rows[b], at] = k[b, :n], v[b, :n]
+        options["cache_seqlens"] = used + torch.tensor(pads, dtype=INT32)
+        if kinds.get("padded"):
+            options["cache_leftpad"] = torch.tensor(pads, dtype=INT32)
+        if kinds.get("indexed"):
+            options["cache_batch_idx"] = torch.tensor(rows, dtype=INT32)
+    return (q, k_cache, v_cache), options, (q, k, v), {"seqused_k": used, **shared}
+
+
+def run(tensors, options, arch="sm_90a", **emulated):
+    with emulated_cute_decode(arch, **emulated) as ran:
+        out, lse = dispatch.attention_with_kvcache(*tensors, backend="cute", return_lse=True, **options)
+    assert len(ran) == 1
+    return out, lse
+
+
+LENGTH = st.sampled_from((0, 1, 63, 64, 65, 128)) | st.integers(0, 900)
+
+
+@pytest.mark.parametrize(
+    ("arch", "kinds"),
+    [("sm_90a", name) for name in KINDS] + [("sm_100a", "plain-128-gqa"), ("sm_100a", "page-16-64-causal-sink")],
+)
+def test_every_layout_is_attention_over_the_valid_keys(arch, kinds):
+    kinds = KINDS[kinds]
+    most = 16 // kinds["group"]
+
+    @settings(phases=(Phase.explicit, Phase.generate), max_examples=6)
+    @given(
+        lengths=st.lists(LENGTH, min_size=1, max_size=4),
+        seqlen_q=st.sampled_from((1, 1, most)),
+        splits=st.sampled_from((0, 0, 1, 3)),
+        programs=st.sampled_from((2, 3, 9)),
+        seed=st.integers(0, 99),
+    )
+    def check(lengths, seqlen_q, splits, programs, seed):
+        tensors, options, dense, plain = call_of(kinds, lengths, seqlen_q, seed)
+        out, lse = run(tensors, {**options, "num_splits": splits}, arch, programs=programs, seed=seed)
+        require(out, lse, expected(*dense, **plain))
+
+    check()
+
+
+def test_a_row_depends_on_its_own_sequence_alone_bit_for_bit():
+    """Alone and in company, on pages and on none, on few multiprocessors and on many, whoever merges."""
+    kinds, lengths = {"group": 2, "causal": True}, [2500, 33, 0, 700]
+    tensors, options, dense, plain = call_of(kinds, lengths, 2, 5)
+    together = run(tensors, options, programs=2)
+    require(*together, expected(*dense, **plain))
+    for programs in (4, 14, 30):
+        assert all(map(torch.equal, run(tensors, options, programs=programs, seed=programs), together)), programs
+    on_pages, page_options, _, _ = call_of({**kinds, "page": 24}, lengths, 2, 5)
+    assert all(map(torch.equal, run(on_pages, page_options, programs=6), together))
+    for b in (0, 3):
+        mine = [t[b : b + 1] for t in tensors]
+        alone = run(mine, {**options, "cache_seqlens": options["cache_seqlens"][b : b + 1]}, programs=8)
+        assert all(torch.equal(a[0], t[b]) for a, t in zip(alone, together)), b
+
+
+def test_splits_that_are_asked_for_equal_the_whole():
+    tensors, options, _, _ = call_of({"group": 1}, [1500, 64], 1, 3)
+    (whole, whole_lse), runs = run(tensors, {**options, "num_splits": 1}, programs=4), (0, 2, 7, 64)
+    for splits in runs:
+        out, lse = run(tensors, {**options, "num_splits": splits}, programs=10)
+        torch.testing.assert_close(lse, whole_lse, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out, whole, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("where", ["rows", "leftpad", "pages"])
+def test_no_wild_length_or_index_leads_out_of_the_tensors(where, monkeypatch):
+    """What memcheck would say of the compiled kernel: here no memory exists but that of the arguments."""
+    monkeypatch.setattr(kvcache, "contents_are_checked", lambda device: False)
+    batch, blocks = 6, 1 if where == "leftpad" else 3
+    for seed in range(2):
+        q, k, v = draw(batch, 2, 4, 64, seed=0), draw(blocks, 16, 2, 64, seed=1), draw(blocks, 16, 2, 64, seed=2)
+        options = {"cache_seqlens": wild(seed, batch), "causal": True}
+        if where == "pages":
+            options["page_table"] = wild(seed + 10, batch, 3)
+        else:
+            options["cache_batch_idx"] = wild(seed + 10, batch)
+        if where == "leftpad":
+            options["cache_leftpad"] = wild(seed + 20, batch)
+        out, lse = run((q, k, v), options, seed=seed)
+        assert out.isfinite().all()
+        assert not lse.isnan().any()
+
+
+def test_an_int_for_all_lengths_and_a_sink_that_kernels_do_not_read():
+    """A float64 sink is converted; results come out in the caller's tensor, of its own strides."""
+    tensors, _, dense, plain = call_of({"group": 2}, [130, 130], 1, 8)
+    sink = torch.linspace(0, 1, 4, dtype=torch.float64)
+    out = torch.full((2, 1, 8, 64), float("nan"), dtype=torch.bfloat16)[:, :, ::2]
+    got, lse = run(tensors, {"cache_seqlens": 130, "sink": sink, "out": out})
+    assert got is out
+    require(out, lse, expected(*dense, sink=sink, seqused_k=plain["seqused_k"]))
+    assert compare("out", out, expected(*dense, sink=sink, seqused_k=plain["seqused_k"])["out"]).passed
