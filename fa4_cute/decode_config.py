@@ -138,8 +138,6 @@ def missing(problem: CacheProblem) -> tuple[str, ...]:
         lacks.append("cache_leftpad with a page_table")
     if not problem.aligned or not all(_has_aligned_rows(problem.signature[at]) for at in _ROWS):
         lacks.append(f"addresses or strides that are no multiples of {ALIGNMENT} bytes")
-    if not (attend.batch and rows and problem.capacity and problem.n_blocks):
-        lacks.append("an empty call")
     if attend.batch * (problem.capacity // 32 + 1) >= COUNTED or parts_of(problem) >= 2 * COUNTED:
         lacks.append("a call of so many keys or heads")
     return tuple(lacks)

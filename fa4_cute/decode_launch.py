@@ -79,11 +79,21 @@ def _kernel(kinds: CacheKinds, sink_dtype: torch.dtype | None, device: torch.dev
 
 def attend_cache(problem: CacheProblem, inputs: CacheInputs, length: int, out: Tensor, lse: Tensor | None) -> None:
     """Writes out and lse, once the call's rows are appended; arguments as in `Backend.attend_cache`."""
-    call = _call_of(problem, lse is not None)
     q, k, v, _, _, seqlens, pages, indices, leftpad, _, _, _, _, sink = inputs
+    if not out.numel() or not problem.capacity:
+        _write_unseen(out, lse, sink)
+        return
+    call = _call_of(problem, lse is not None)
     if call.wide_sink and sink is not None:
         sink = sink.float()
     parts, arrivals = work_space(call.n_parts, call.n_arrivals, problem.attend.device)
     call.kernel(
         q, k, v, out, lse, sink, seqlens, indices, leftpad, pages, *call.values, length, *call.sizes, parts, arrivals
     )
+
+
+def _write_unseen(out: Tensor, lse: Tensor | None, sink: Tensor | None) -> None:
+    """The result of a call whose rows see no key, or that has none."""
+    out.zero_()
+    if lse is not None:
+        lse.copy_(torch.full_like(lse, -math.inf) if sink is None else sink[None, :, None].expand_as(lse))

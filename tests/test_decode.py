@@ -178,7 +178,7 @@ def lacks(options=CacheOptions(), aligned=True, **changed):  # noqa: B008
           "cache_leftpad": index(0, 1)}, "cache_leftpad"),
         ({"k_cache": rows(2, 9, 2, 65, dtype=torch.bfloat16)[..., :64]}, "strides"),
         ({"aligned": False}, "addresses"),
-        ({"k_cache": rows(2, 0, 2, 64), "v_cache": rows(2, 0, 2, 64)}, "empty"),
+        ({"k_cache": rows(2, 0, 2, 64), "v_cache": rows(2, 0, 2, 64)}, None),
     ],
 )  # fmt: skip
 def test_what_it_lacks_it_says(changed, why):

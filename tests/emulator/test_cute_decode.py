@@ -140,6 +140,21 @@ def test_no_wild_length_or_index_leads_out_of_the_tensors(where, monkeypatch):
         assert not lse.isnan().any()
 
 
+@pytest.mark.parametrize(("batch", "capacity"), [(2, 0), (0, 64)])
+def test_a_call_without_keys_or_sequences_needs_no_kernel(batch, capacity):
+    q, cache = draw(batch, 1, 4, 64, seed=0), draw(batch, capacity, 2, 64, seed=1)
+    for sink in (None, torch.linspace(-1, 1, 4)):
+        with emulated_cute_decode("sm_90a") as ran:
+            out, lse = dispatch.attention_with_kvcache(
+                q, cache, cache, cache_seqlens=0, sink=sink, backend="cute", return_lse=True
+            )
+        assert not ran
+        assert not out.any()
+        assert torch.equal(
+            lse, torch.full((batch, 4, 1), -torch.inf) if sink is None else sink[:, None].repeat(batch, 1, 1)
+        )
+
+
 def test_an_int_for_all_lengths_and_a_sink_that_kernels_do_not_read():
     """A float64 sink is converted; results come out in the caller's tensor, of its own strides."""
     tensors, _, dense, plain = call_of({"group": 2}, [130, 130], 1, 8)
