@@ -113,7 +113,9 @@ def tile_for(kernel: str, kinds: Kinds, target: GPUTarget | None) -> Tile:
 def _hopper_forward(kinds: Kinds, dim: int, tile: Tile) -> Tile:
     """The tile of the table, or a faster one where the kinds allow it: without a diagonal few key tiles have a mask."""
     if may_specialise(kinds):
-        return Tile(128, 128, 8, 2, tma=True, loop="specialised")
+        # Rows past the end of K and V must read as zeros, so lengths must be the tensors' own. Where they are not, the
+        # same tile gives the same bits: packed sequences give those of dense ones.
+        return Tile(128, 128, 8, 2, tma=True, loop="phases" if kinds.indexed else "specialised")
     if dim == 128 and not kinds.window_right:
         return Tile(64, 64, 4, 2, tma=True, loop="overlapped")
     if kinds.head_dim == kinds.head_dim_v == 64 and not (kinds.window_left or kinds.window_right):
@@ -122,10 +124,10 @@ def _hopper_forward(kinds: Kinds, dim: int, tile: Tile) -> Tile:
 
 
 def may_specialise(kinds: Kinds) -> bool:
-    """Whether the forward can be specialised by warps.
+    """Whether the forward can be specialised by warps, in every layout or in none.
 
-    Rows past the end of K and V must read as zeros, so lengths must be the tensors' own. A softcap's products and sums
-    would be fused otherwise than in `visit`, which serves where there are no descriptors: the bits would differ.
+    A softcap's products and sums would be fused otherwise than in `visit`, which serves where there are no descriptors:
+    the bits would differ.
     """
     released = triton.__version__.split("+")[0] in SPECIALISING
-    return released and kinds.head_dim == kinds.head_dim_v == 128 and not kinds.indexed and not kinds.softcap
+    return released and kinds.head_dim == kinds.head_dim_v == 128 and not kinds.softcap

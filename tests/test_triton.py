@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -211,7 +212,9 @@ def test_a_specialised_forward_loads_in_one_warpgroup_and_invalidates_the_barrie
 @compiles
 @pytest.mark.parametrize("lengths", [(130, 259), (259, 130), (70, 1)])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_a_specialised_forward_is_right_and_gives_the_bits_of_pointers(window, lengths, monkeypatch):
+def test_a_specialised_forward_is_right_and_gives_the_bits_of_pointers_and_of_packed_sequences(
+    window, lengths, monkeypatch
+):
     """In the emulator. Past the keys lies NaN; the masked scores are a branch in assembly, which only edges take."""
     specialise(monkeypatch)
     len_q, len_k = lengths
@@ -233,6 +236,13 @@ def test_a_specialised_forward_is_right_and_gives_the_bits_of_pointers(window, l
     left, right = WINDOWS[window].get("window_left"), WINDOWS[window].get("window_right")
     want = attention(*(t.float() for t in inputs[:3]), sink=inputs.sink, window=(left, right), backend="reference")
     assert torch.allclose(results[0][0].float(), want, atol=2e-2, rtol=2e-2)
+    # The same rows as the second of two packed sequences, whose kernel is not specialised.
+    cu_q, cu_k = (torch.tensor([0, 0, n], dtype=torch.int32) for n in lengths)
+    packed = Inputs(q[0], k[0], v[0], inputs.sink, cu_q, cu_k)
+    with emulated_triton(90, seed=4, tolerate=TRITON_TOLERATES):
+        monkeypatch.setattr(launch, "MIN_TMA_FLOPS", 0)
+        out, lse = launch.forward(make_problem(packed, **WINDOWS[window]), packed)
+    results.append((out[None], lse[None]))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
@@ -386,6 +396,20 @@ def test_tiles_exist_for_every_head_dim_dtype_and_family():
         for kernel in ("forward", "backward_kv", "backward_q"):
             tile = tiles.tile_for(kernel, kinds, target)
             assert min(tile.m, tile.n) >= 16, (target, dim, dtype, kernel)
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_how_sequences_lie_changes_no_tile(monkeypatch, released):
+    """Packed sequences have the bits of dense ones: those of tiles of the same size, however a program visits them."""
+    monkeypatch.setattr(tiles, "SPECIALISING", (triton.__version__.split("+")[0],) * released)
+    q = torch.zeros(1, 4, 2, 8, dtype=torch.half)
+    plain = make_problem(Inputs(q, q, q)).kinds
+    masks = ({}, {"window_right": True}, {"window_left": True}, {"window_left": True, "window_right": True})
+    for target, dim, mask, softcap in itertools.product(ARCHITECTURES, (64, 128, 256), masks, (False, True)):
+        dense = replace(plain, head_dim=dim, head_dim_v=dim, softcap=softcap, **mask)
+        for layout in ({"varlen": True}, {"seqused_k": True}, {"varlen": True, "seqused_q": True, "seqused_k": True}):
+            one, other = (tiles.tile_for("forward", kinds, target) for kinds in (dense, replace(dense, **layout)))
+            assert (one.m, one.n) == (other.m, other.n), (target, dim, mask, softcap, layout)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
