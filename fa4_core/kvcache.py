@@ -438,6 +438,9 @@ def _call_of(signature: Signature, options: CacheOptions, aligned: bool) -> _Cal
     )
 
 
+ops._chosen.append(_call_of.cache_clear)
+
+
 def _has_plain_rows(shape: tuple[int, ...], stride: Stride) -> bool:
     return stride[-1] == 1 or shape[-1] == 1
 

@@ -69,6 +69,8 @@ def _no_chooser(kinds: Kinds, device: torch.device, name: str, cache: CacheProbl
 
 
 _choose: Chooser = _no_chooser
+_chosen: list[Callable[[], None]] = []
+"""Forget what was chosen so far."""
 
 
 def set_chooser(choose: Chooser) -> None:
@@ -76,7 +78,8 @@ def set_chooser(choose: Chooser) -> None:
     `dispatch` owns it."""
     global _choose, _last
     _choose, _last = choose, _NO_CALL
-    _call_of.cache_clear()
+    for forget in _chosen:
+        forget()
 
 
 def pack_values(softmax_scale: float | None, softcap: float, rescale_threshold: float) -> Tensor | None:
@@ -172,6 +175,9 @@ def _call_of(signature: Signature, options: Options) -> _Call | None:
     others_packed = all(meta is None or is_contiguous(*meta[:2]) for meta in signature[3:])
     index = device.index if device.type == "cuda" else None
     return _Call(problem, backend, options, index, kinds.indexed, fits and rows_packed and others_packed)
+
+
+_chosen.append(_call_of.cache_clear)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -23,7 +23,7 @@ SHARED_LIMIT = 232448
 ROOM = 1152
 """Bytes for barriers, a word and alignment."""
 BLOCK_COLUMNS = 64
-"""What tiles' columns are rounded up to."""
+"""What head dimensions have to be multiples of: the columns of the 128-byte swizzle."""
 DTYPES = (torch.float16, torch.bfloat16)
 MOST_CHUNKS = 64
 """Chunks that a sequence has at most."""
@@ -32,7 +32,9 @@ MIN_BOX = 8
 ALIGNMENT = 16
 """Bytes that TMA asks caches to be aligned to, in their base and in every stride; the query and the output are, too."""
 COUNTED = 2**30
-"""Key tiles that the kernel can number."""
+"""Key tiles, and rows of a sequence, that the kernel can number: sums of two stay within 32 bits."""
+MOST_PARTS = 2**31
+"""Numbers that the work space, whose size is one of 32 bits, may hold."""
 _LEFTPAD, _ROWS = 8, (0, 1, 2, 14)
 """Places in `CacheProblem.signature`: of cache_leftpad; of q, the caches and out."""
 
@@ -58,8 +60,7 @@ class CacheKinds(NamedTuple):
 class DecodeConfig:
     """Tiles and slots of one kernel.
 
-    head_dim, head_dim_v: what the tiles hold, the problem's dimensions rounded up; the rest is zeros. rows: of O that
-    are folded.
+    rows: of O that are folded. box: rows that TMA brings at a time, all of a tile or a part of a page.
     """
 
     head_dim: int
@@ -71,6 +72,8 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         if self.slots < WARPS:
             raise ValueError(f"{self}: {self.slots} slots fit, fewer than the {WARPS} warps whose tiles they hold")
+        if self.columns % 4 or self.columns * self.row_threads != self.head_dim_v:
+            raise ValueError(f"{self}: {self.row_threads} threads cannot share a row, 4 columns at a time")
 
     @property
     def threads(self) -> int:
@@ -80,7 +83,7 @@ class DecodeConfig:
     @property
     def row_threads(self) -> int:
         """Threads that share a row of a folded result, 4 columns at a time."""
-        return min(32 * WARPS // self.rows, self.head_dim_v // 4)
+        return math.gcd(32 * WARPS // self.rows, self.head_dim_v // 4)
 
     @property
     def columns(self) -> int:
@@ -113,10 +116,13 @@ class DecodeConfig:
 
 def config_for(kinds: CacheKinds) -> DecodeConfig:
     """The frozen choice by head dimensions and rows."""
-    dims = (kinds.kinds.head_dim, kinds.kinds.head_dim_v)
-    head_dim, head_dim_v = (-(-dim // BLOCK_COLUMNS) * BLOCK_COLUMNS for dim in dims)
-    tile_n = 64 if head_dim + head_dim_v <= 256 else 32
-    return DecodeConfig(head_dim, head_dim_v, kinds.rows, tile_n, math.gcd(kinds.page_size, tile_n) or tile_n)
+    tile_n = _tile_n(kinds.kinds)
+    box = math.gcd(kinds.page_size, tile_n) if kinds.page_size else tile_n
+    return DecodeConfig(kinds.kinds.head_dim, kinds.kinds.head_dim_v, kinds.rows, tile_n, box)
+
+
+def _tile_n(kinds: Kinds) -> int:
+    return 64 if kinds.head_dim + kinds.head_dim_v <= 256 else 32
 
 
 def missing(problem: CacheProblem) -> tuple[str, ...]:
@@ -138,14 +144,25 @@ def missing(problem: CacheProblem) -> tuple[str, ...]:
         lacks.append("cache_leftpad with a page_table")
     if not problem.aligned or not all(_has_aligned_rows(problem.signature[at]) for at in _ROWS):
         lacks.append(f"addresses or strides that are no multiples of {ALIGNMENT} bytes")
-    if attend.batch * (problem.capacity // 32 + 1) >= COUNTED or parts_of(problem) >= 2 * COUNTED:
-        lacks.append("a call of so many keys or heads")
+    most = max(attend.batch * _most_tiles(problem), problem.capacity + attend.seqlen_q)
+    if most >= COUNTED or parts_of(problem) >= MOST_PARTS:
+        lacks.append(f"{attend.batch} caches of {problem.capacity} rows")
     return tuple(lacks)
 
 
 def slots_of(problem: CacheProblem) -> int:
     """Chunks that a sequence of the call may have; `decode_shares.keys_of` makes them."""
-    return problem.num_splits or min(MOST_CHUNKS, -(-(problem.capacity // 32 + 1) // WARPS))
+    tiles = _most_tiles(problem)
+    return min(problem.num_splits, tiles) if problem.num_splits else min(MOST_CHUNKS, -(-tiles // WARPS))
+
+
+def _most_tiles(problem: CacheProblem) -> int:
+    """Upper bound of the tiles that a sequence's rows see."""
+    attend, keys = problem.attend, problem.capacity
+    if attend.kinds.window_left:
+        right = attend.window_right if attend.kinds.window_right else keys
+        keys = min(keys, attend.window_left + attend.seqlen_q + right)
+    return min(keys, problem.capacity) // _tile_n(attend.kinds) + 2
 
 
 def parts_of(problem: CacheProblem) -> int:

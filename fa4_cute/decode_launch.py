@@ -16,7 +16,7 @@ from torch import Tensor
 from fa4_core.kvcache import CacheInputs, CacheProblem
 from fa4_core.work_space import work_space
 from fa4_cute import kernels
-from fa4_cute.decode_config import CacheKinds, parts_of, slots_of
+from fa4_cute.decode_config import MOST_PARTS, CacheKinds, parts_of, slots_of
 
 LOG2_E = math.log2(math.e)
 
@@ -87,6 +87,8 @@ def attend_cache(problem: CacheProblem, inputs: CacheInputs, length: int, out: T
     if call.wide_sink and sink is not None:
         sink = sink.float()
     parts, arrivals = work_space(call.n_parts, call.n_arrivals, problem.attend.device)
+    if parts.numel() >= MOST_PARTS:  # another backend's call had them made
+        parts = parts[: call.n_parts]
     call.kernel(
         q, k, v, out, lse, sink, seqlens, indices, leftpad, pages, *call.values, length, *call.sizes, parts, arrivals
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -15,7 +16,7 @@ from dispatch import attention_with_kvcache
 from fa4_core import kvcache, ops
 from fa4_core.checks import check_forward
 from fa4_core.kvcache import CacheInputs, CacheOptions, check_cache_signature
-from fa4_core.problem import signature_of
+from fa4_core.problem import Kinds, signature_of
 from fa4_cute import decode_config
 
 CUTE = [target for target in TARGETS if target.backend == "cute"]
@@ -34,6 +35,7 @@ KINDS = {
     "leftpad-192x128-softcap-sink": {"dim": 192, "dim_v": 128, "group": 2, "pads": True, "softcap": True, "sink": True,
                                      "causal": True},
     "page-256-window-sink": {"page": 256, "group": 8, "window": (SIDE, SIDE), "sink": True},
+    "192-of-few-rows": {"dim": 192},
     "256": {"dim": 256, "causal": True},
 }  # fmt: skip
 
@@ -178,6 +180,8 @@ def lacks(options=CacheOptions(), aligned=True, **changed):  # noqa: B008
           "cache_leftpad": index(0, 1)}, "cache_leftpad"),
         ({"k_cache": rows(2, 9, 2, 65, dtype=torch.bfloat16)[..., :64]}, "strides"),
         ({"aligned": False}, "addresses"),
+        ({"k_cache": rows(5, 256, 2, 64), "v_cache": rows(5, 256, 2, 64),
+          "page_table": torch.zeros(2, 2**22, dtype=INT32)}, "2 caches of 1073741824 rows"),
         ({"k_cache": rows(2, 0, 2, 64), "v_cache": rows(2, 0, 2, 64)}, None),
     ],
 )  # fmt: skip
@@ -185,6 +189,27 @@ def test_what_it_lacks_it_says(changed, why):
     """Then another backend runs, or the caller who named this one reads why."""
     found = lacks(**changed)
     assert (not found) if why is None else (len(found) == 1 and why in found[0]), found
+
+
+@pytest.mark.parametrize("dims", list(itertools.product((64, 128, 192, 256), repeat=2)))
+@pytest.mark.parametrize("few", [4, 8, 16])
+def test_every_configuration_covers_every_column_and_row(few, dims):
+    """By one thread each, and fits the multiprocessor."""
+    head_dim, head_dim_v = dims
+    kinds = Kinds(
+        dtype=torch.bfloat16, head_dim=head_dim, head_dim_v=head_dim_v, group=1, varlen=False, seqused_q=False,
+        seqused_k=True, paged=True, window_left=False, window_right=False, softcap=False, sink=False, kv_cache=True,
+    )  # fmt: skip
+    for page in (0, 8, 24, 256):
+        config = decode_config.config_for(decode_config.CacheKinds(kinds, few, page, True, False, False, False))
+        columns = [
+            4 * thread + 4 * config.row_threads * n + i
+            for thread in range(config.row_threads) for n in range(config.columns // 4) for i in range(4)
+        ]  # fmt: skip
+        assert sorted(columns) == list(range(head_dim_v))
+        assert 32 * decode_config.WARPS // config.row_threads >= few
+        assert config.tile_n % config.box == 0
+        assert config.shared_bytes <= decode_config.SHARED_LIMIT
 
 
 def test_the_chooser_hears_of_the_call(monkeypatch):

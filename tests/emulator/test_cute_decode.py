@@ -28,6 +28,7 @@ KINDS = {
     "page-24-window": {"page": 24, "window": (100, 5), "group": 5},
     "indexed-128x64-left": {"dim": 128, "dim_v": 64, "window": (90, None), "indexed": True, "group": 3},
     "padded-softcap": {"padded": True, "softcap": 5.0, "causal": True, "group": 8},
+    "192-of-few-rows": {"dim": 192, "group": 2},
     "256-half": {"dim": 256, "group": 1, "causal": True, "dtype": torch.float16},
 }
 
