@@ -88,6 +88,16 @@ class CacheProblem:
     num_splits: int
     aligned: bool = True
 
+    def meta(self, name: str) -> Meta | None:
+        """What the signature says of an argument; None where the call has none."""
+        meta = self.signature[_NAMES.index(name)]
+        return None if meta is None else Meta(*meta)
+
+    @property
+    def appends(self) -> bool:
+        """Whether there are rows to append or, with none of them, a query to rotate."""
+        return self.attend.batch > 0 and (self.appended > 0 or self.rotary_dim > 0)
+
     @property
     def capacity(self) -> int:
         """Rows that one sequence's cache holds."""
@@ -438,7 +448,7 @@ def _call_of(signature: Signature, options: CacheOptions, aligned: bool) -> _Cal
     )
 
 
-ops._chosen.append(_call_of.cache_clear)
+ops.on_new_chooser.append(_call_of.cache_clear)
 
 
 def _has_plain_rows(shape: tuple[int, ...], stride: Stride) -> bool:

@@ -69,8 +69,8 @@ def _no_chooser(kinds: Kinds, device: torch.device, name: str, cache: CacheProbl
 
 
 _choose: Chooser = _no_chooser
-_chosen: list[Callable[[], None]] = []
-"""Forget what was chosen so far."""
+on_new_chooser: list[Callable[[], None]] = []
+"""Called when the chooser changes: they forget what the last one chose."""
 
 
 def set_chooser(choose: Chooser) -> None:
@@ -78,7 +78,7 @@ def set_chooser(choose: Chooser) -> None:
     `dispatch` owns it."""
     global _choose, _last
     _choose, _last = choose, _NO_CALL
-    for forget in _chosen:
+    for forget in on_new_chooser:
         forget()
 
 
@@ -177,7 +177,7 @@ def _call_of(signature: Signature, options: Options) -> _Call | None:
     return _Call(problem, backend, options, index, kinds.indexed, fits and rows_packed and others_packed)
 
 
-_chosen.append(_call_of.cache_clear)
+on_new_chooser.append(_call_of.cache_clear)
 
 
 @functools.lru_cache(maxsize=4096)

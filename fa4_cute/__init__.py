@@ -62,7 +62,7 @@ class CuteBackend(Backend):
 
     def missing_cache(self, problem: CacheProblem) -> tuple[str, ...]:
         missing = decode_config.missing(problem)
-        if problem.appended or problem.rotary_dim:
+        if problem.appends:
             why = backends.load(self.append_backend).unavailable(problem.attend.device)
             missing += () if why is None else (f"new rows, left to {self.append_backend!r}, which {why}",)
         return missing
@@ -73,7 +73,7 @@ class CuteBackend(Backend):
     def attend_cache(
         self, problem: CacheProblem, inputs: CacheInputs, length: int, out: Tensor, lse: Tensor | None
     ) -> None:
-        if problem.appended or problem.rotary_dim:  # with no row to append there may be a query to rotate
+        if problem.appends:
             query = backends.load(self.append_backend).append_cache(problem, inputs, length)
             inputs = inputs._replace(q=query)
         self._decode_launch.attend_cache(problem, inputs, length, out, lse)

@@ -30,11 +30,11 @@ import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warp
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.cute.runtime import make_fake_stream
 
 from fa4_cute.decode_config import BLOCK_COLUMNS, WARP_ROWS, WARPS, CacheKinds, DecodeConfig, config_for
 from fa4_cute.decode_shares import Calls, find_share, keys_of
-from fa4_cute.params import ALIGNMENT, DTYPES, Values
+from fa4_cute.params import DTYPES, Values, fake_numbers, fake_rows
 from fa4_cute.pipelines import Cursor, Ring
 from fa4_cute.ranges import Window, visible_keys
 from fa4_cute.sm90_softmax import Softmax
@@ -141,30 +141,18 @@ class Decode:
 
     def fake_arguments(self, sink_dtype: torch.dtype | None) -> list[Any]:
         """Arguments for `cute.compile`, as `__call__` lists them, with every length and stride left open."""
-        kinds, dtype = self.kinds, self.dtype
-        aligned = ALIGNMENT * 8 // dtype.width
-
-        def rows(head_dim: int) -> Any:
-            shape = (*(cute.sym_int32() for _ in range(3)), head_dim)
-            stride = (*(cute.sym_int64(divisibility=aligned) for _ in range(3)), 1)
-            return make_fake_tensor(dtype, shape, stride, assumed_align=ALIGNMENT)
-
-        def numbers(dtype: Any, rank: int, wanted: bool = True, align: int = 0) -> Any:
-            shape = tuple(cute.sym_int32() for _ in range(rank))
-            stride = (*(cute.sym_int64() for _ in range(rank - 1)), 1)
-            return make_fake_tensor(dtype, shape, stride, assumed_align=align or dtype.width // 8) if wanted else None
-
+        kinds, calls = self.kinds, self.calls
         return [
-            rows(kinds.head_dim),
-            rows(kinds.head_dim),
-            rows(kinds.head_dim_v),
-            rows(kinds.head_dim_v),
-            numbers(Float32, 3, self.calls.lse),
-            numbers(DTYPES[sink_dtype], 1) if sink_dtype is not None else None,
-            numbers(Int32, 1, self.calls.lengths),
-            numbers(Int32, 1, self.calls.indexed),
-            numbers(Int32, 1, self.calls.padded),
-            numbers(Int32, 2, kinds.paged),
+            fake_rows(self.dtype, 4, kinds.head_dim),
+            fake_rows(self.dtype, 4, kinds.head_dim),
+            fake_rows(self.dtype, 4, kinds.head_dim_v),
+            fake_rows(self.dtype, 4, kinds.head_dim_v),
+            fake_numbers(Float32, 3) if calls.lse else None,
+            fake_numbers(DTYPES[sink_dtype], 1) if sink_dtype is not None else None,
+            fake_numbers(Int32, 1) if calls.lengths else None,
+            fake_numbers(Int32, 1) if calls.indexed else None,
+            fake_numbers(Int32, 1) if calls.padded else None,
+            fake_numbers(Int32, 2) if kinds.paged else None,
             Float32(1.0),
             Float32(1.0) if kinds.softcap else None,
             Int32(1) if kinds.window_left else None,
@@ -175,8 +163,8 @@ class Decode:
             Int32(1),
             Int32(1),
             Int32(1),
-            numbers(Float32, 1, align=16),
-            numbers(Int32, 1),
+            fake_numbers(Float32, 1, align=16),
+            fake_numbers(Int32, 1),
             make_fake_stream(use_tvm_ffi_env_stream=True),
         ]
 

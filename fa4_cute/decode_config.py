@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from fa4_core.problem import Kinds
+from fa4_cute.alignment import ALIGNMENT, has_aligned_rows
+from fa4_cute.sm90_config import DTYPES, SHARED_LIMIT
 
 if TYPE_CHECKING:
     from fa4_core.kvcache import CacheProblem
@@ -18,25 +18,18 @@ WARP_ROWS = 16
 WARPS = 4
 """Warps that compute, each on key tiles of its own."""
 MAX_SLOTS = 12
-SHARED_LIMIT = 232448
-"""Bytes of shared memory that a block may have on SM90 and SM100."""
 ROOM = 1152
 """Bytes for barriers, a word and alignment."""
 BLOCK_COLUMNS = 64
 """What head dimensions have to be multiples of: the columns of the 128-byte swizzle."""
-DTYPES = (torch.float16, torch.bfloat16)
 MOST_CHUNKS = 64
 """Chunks that a sequence has at most."""
 MIN_BOX = 8
 """Rows after which the swizzle repeats, and so the fewest that TMA brings at a time."""
-ALIGNMENT = 16
-"""Bytes that TMA asks caches to be aligned to, in their base and in every stride; the query and the output are, too."""
 COUNTED = 2**30
 """Key tiles, and rows of a sequence, that the kernel can number: sums of two stay within 32 bits."""
 MOST_PARTS = 2**31
 """Numbers that the work space, whose size is one of 32 bits, may hold."""
-_LEFTPAD, _ROWS = 8, (0, 1, 2, 14)
-"""Places in `CacheProblem.signature`: of cache_leftpad; of q, the caches and out."""
 
 
 class CacheKinds(NamedTuple):
@@ -140,9 +133,11 @@ def missing(problem: CacheProblem) -> tuple[str, ...]:
         lacks.append(f"{rows} query rows for each KV head (up to {WARP_ROWS})")
     if kinds.paged and problem.page_size % MIN_BOX:
         lacks.append(f"pages of {problem.page_size} rows (only multiples of {MIN_BOX})")
-    if kinds.paged and problem.signature[_LEFTPAD] is not None:
+    if kinds.paged and problem.meta("cache_leftpad") is not None:
         lacks.append("cache_leftpad with a page_table")
-    if not problem.aligned or not all(_has_aligned_rows(problem.signature[at]) for at in _ROWS):
+    metas = [problem.meta(name) for name in ("q", "k_cache", "v_cache", "out")]
+    strides = (meta.stride for meta in metas if meta is not None)
+    if not problem.aligned or not all(has_aligned_rows(stride, kinds.dtype.itemsize) for stride in strides):
         lacks.append(f"addresses or strides that are no multiples of {ALIGNMENT} bytes")
     most = max(attend.batch * _most_tiles(problem), problem.capacity + attend.seqlen_q)
     if most >= COUNTED or parts_of(problem) >= MOST_PARTS:
@@ -170,8 +165,3 @@ def parts_of(problem: CacheProblem) -> int:
     attend, kinds = problem.attend, problem.attend.kinds
     rows = attend.batch * attend.heads_kv * attend.seqlen_q * kinds.group
     return rows * slots_of(problem) * (kinds.head_dim_v + 2)
-
-
-def _has_aligned_rows(meta: tuple | None) -> bool:
-    """Whether every row of a tensor of 16-bit elements begins at a multiple of `ALIGNMENT`, if its first does."""
-    return meta is None or all(stride > 0 and 2 * stride % ALIGNMENT == 0 for stride in meta[1][:-1])

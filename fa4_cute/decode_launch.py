@@ -17,8 +17,7 @@ from fa4_core.kvcache import CacheInputs, CacheProblem
 from fa4_core.work_space import work_space
 from fa4_cute import kernels
 from fa4_cute.decode_config import MOST_PARTS, CacheKinds, parts_of, slots_of
-
-LOG2_E = math.log2(math.e)
+from fa4_cute.launch import architecture_of, values_of
 
 
 class _Call(NamedTuple):
@@ -35,33 +34,23 @@ class _Call(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _call_of(problem: CacheProblem, with_lse: bool) -> _Call:
     attend, kinds = problem.attend, problem.attend.kinds
-    _, _, _, _, _, seqlens, _, indices, leftpad, *_, sink, _ = problem.signature
     rows = next(rows for rows in (4, 8, 16) if attend.seqlen_q * kinds.group <= rows)
     cache_kinds = CacheKinds(
         kinds=kinds,
         rows=rows,
         page_size=problem.page_size if kinds.paged else 0,
-        lengths=seqlens is not None,
-        indexed=indices is not None,
-        padded=leftpad is not None,
+        lengths=problem.meta("cache_seqlens") is not None,
+        indexed=problem.meta("cache_batch_idx") is not None,
+        padded=problem.meta("cache_leftpad") is not None,
         lse=with_lse,
     )
-    sink_dtype = None if sink is None else sink[2]
+    sink = problem.meta("sink")
+    sink_dtype = None if sink is None else sink.dtype
     wide_sink = sink_dtype == torch.float64  # which no kernel reads
-    scale, capped = attend.softmax_scale * LOG2_E, None
-    if kinds.softcap:
-        scale, capped = attend.softcap * LOG2_E, attend.softmax_scale / attend.softcap
-    values = (
-        scale,
-        capped,
-        attend.window_left if kinds.window_left else None,
-        attend.window_right if kinds.window_right else None,
-        float(attend.rescale_threshold),
-    )
     sms = torch.cuda.get_device_properties(attend.device).multi_processor_count
     return _Call(
         kernel=_kernel(cache_kinds, torch.float32 if wide_sink else sink_dtype, attend.device),
-        values=values,
+        values=values_of(attend),
         sizes=(problem.appended, problem.num_splits, slots_of(problem), max(1, sms // attend.heads_kv)),
         n_parts=parts_of(problem),
         n_arrivals=attend.batch * attend.heads_kv,
@@ -72,9 +61,7 @@ def _call_of(problem: CacheProblem, with_lse: bool) -> _Call:
 @functools.lru_cache(maxsize=1024)
 def _kernel(kinds: CacheKinds, sink_dtype: torch.dtype | None, device: torch.device) -> Callable[..., None]:
     """The compiled kernel; kept a device, since a loaded kernel may belong to the device it was first launched on."""
-    arch = kernels.architecture(device)
-    assert arch is not None
-    return kernels.decode(kinds, sink_dtype, arch)
+    return kernels.decode(kinds, sink_dtype, architecture_of(device))
 
 
 def attend_cache(problem: CacheProblem, inputs: CacheInputs, length: int, out: Tensor, lse: Tensor | None) -> None:

@@ -17,7 +17,7 @@ from cutlass import Int32, Int64, const_expr
 
 from fa4_cute.decode_config import MOST_CHUNKS, WARPS
 from fa4_cute.ranges import Span, Window, key_span
-from fa4_cute.schedule import LANES, _sums
+from fa4_cute.schedule import LANES, sums
 
 
 class Calls(NamedTuple):
@@ -95,7 +95,7 @@ def find_share(team: Int32, teams: Int32, calls: Calls, window: Window, tile_n: 
     for base in cutlass.range(0, calls.batch, LANES, unroll=1):
         tiles = keys_of(base + lane, calls, window, tile_n).tiles
         tiles = tiles if base + lane < calls.batch else Int32(0)
-        before, sum_all = _sums(tiles)
+        before, sum_all = sums(tiles)
         end = counted + before + tiles
         exists = base + lane < calls.batch
         passed = cute.arch.popc(cute.arch.vote_ballot_sync(exists and end <= first))

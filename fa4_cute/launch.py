@@ -15,9 +15,8 @@ from fa4_core.lasting import make_lasting
 from fa4_core.problem import Inputs, Kinds, Problem
 from fa4_core.reserve import Reserve
 from fa4_cute import kernels
+from fa4_cute.alignment import ALIGNMENT, has_aligned_rows
 
-ALIGNMENT = 16
-"""Bytes that TMA asks q, k and v to be aligned to, in their base and in every stride."""
 COUNTED = 2**30
 """Rows and work items that kernels can number: sums of two stay within 32 bits."""
 CAPTURED = 2**14
@@ -52,7 +51,7 @@ def _prepared(problem: Problem, sink_dtype: torch.dtype | None, counted: bool) -
     wide_sink = sink_dtype == torch.float64  # which no kernel reads
     kernel = _kernel(kinds, torch.float32 if wide_sink else sink_dtype, counted, device)
     numbers, draws = _numbers(problem), kernels.drawn(kinds)
-    copies = not all(_has_aligned_rows(stride, kinds.dtype.itemsize) for stride in problem.strides)
+    copies = not all(has_aligned_rows(stride, kinds.dtype.itemsize) for stride in problem.strides)
 
     def run(tensors: tuple, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, _ = tensors
@@ -77,10 +76,11 @@ def _unseen(lse: Tensor, problem: Problem, inputs: Inputs) -> Tensor:
 @functools.lru_cache(maxsize=1024)
 def _kernel(kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool, device: torch.device) -> Callable[..., None]:
     """The compiled kernel; kept a device, since a loaded kernel may belong to the device it was first launched on."""
-    return kernels.forward(kinds, sink_dtype, counted, _architecture(device))
+    return kernels.forward(kinds, sink_dtype, counted, architecture_of(device))
 
 
-def _architecture(device: torch.device) -> str:
+def architecture_of(device: torch.device) -> str:
+    """What kernels are compiled for on a device that this backend serves."""
     arch = kernels.architecture(device)
     assert arch is not None
     return arch
@@ -88,23 +88,31 @@ def _architecture(device: torch.device) -> str:
 
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor, or a packed copy where TMA could not read it as it lies."""
-    if tensor.data_ptr() % ALIGNMENT == 0 and _has_aligned_rows(tensor.stride(), tensor.itemsize):
+    if tensor.data_ptr() % ALIGNMENT == 0 and has_aligned_rows(tensor.stride(), tensor.itemsize):
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def _has_aligned_rows(strides: tuple[int, ...], itemsize: int) -> bool:
-    return all(stride > 0 and stride * itemsize % ALIGNMENT == 0 for stride in strides[:-1])
-
-
-def _numbers(problem: Problem) -> tuple[float | int | None, ...]:
-    """scale_log2, capped_scale, the windows, the threshold, the section and the blocks to launch."""
+def values_of(problem: Problem) -> tuple[float | int | None, ...]:
+    """A kernel's `params.Values`: scale_log2, capped_scale, the windows and the threshold."""
     kinds = problem.kinds
     scale, capped = problem.softmax_scale * LOG2_E, None
     if kinds.softcap:
         scale, capped = problem.softcap * LOG2_E, problem.softmax_scale / problem.softcap
+    return (
+        scale,
+        capped,
+        problem.window_left if kinds.window_left else None,
+        problem.window_right if kinds.window_right else None,
+        float(problem.rescale_threshold),
+    )
+
+
+def _numbers(problem: Problem) -> tuple[float | int | None, ...]:
+    """`values_of`, the section and the blocks to launch."""
+    kinds = problem.kinds
     sms = torch.cuda.get_device_properties(problem.device).multi_processor_count
-    item = kernels.items(kinds, _architecture(problem.device))
+    item = kernels.items(kinds, architecture_of(problem.device))
     heads = problem.heads_q // item.heads
     if kinds.varlen:
         tiles, items = 1, (problem.seqlen_q // item.positions + problem.batch) * heads
@@ -117,11 +125,7 @@ def _numbers(problem: Problem) -> tuple[float | int | None, ...]:
             f"{problem.seqlen_k} of k and {items} work items"
         )
     return (
-        scale,
-        capped,
-        problem.window_left if kinds.window_left else None,
-        problem.window_right if kinds.window_right else None,
-        float(problem.rescale_threshold),
+        *values_of(problem),
         _section(problem, tiles, item.heads, sms),
         max(1, items if item.launch_control else min(sms // item.blocks, items)),
     )

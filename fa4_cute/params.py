@@ -11,11 +11,10 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from fa4_core.problem import Kinds
+from fa4_cute.alignment import ALIGNMENT
 from fa4_cute.kernels import drawn
 
 DTYPES = {torch.float16: cutlass.Float16, torch.bfloat16: cutlass.BFloat16, torch.float32: cutlass.Float32}
-ALIGNMENT = 16
-"""Bytes that q, k, v and out are aligned to, in their base and in every stride, as TMA asks."""
 
 
 class Values(NamedTuple):
@@ -32,6 +31,21 @@ class Values(NamedTuple):
     threshold: Float32
 
 
+def fake_rows(dtype: Any, rank: int, head_dim: int) -> Any:
+    """A tensor of rows of head_dim as TMA takes it, for `cute.compile`: every length and stride open."""
+    shape = (*(cute.sym_int32() for _ in range(rank - 1)), head_dim)
+    stride = (*(cute.sym_int64(divisibility=ALIGNMENT * 8 // dtype.width) for _ in range(rank - 1)), 1)
+    return make_fake_tensor(dtype, shape, stride, assumed_align=ALIGNMENT)
+
+
+def fake_numbers(dtype: Any, rank: int, *last: int, align: int | None = None) -> Any:
+    """A tensor of `rank` open lengths and the lengths `last`, the last dimension without gaps. align: bytes, of its
+    base; by default an element's."""
+    shape = (*(cute.sym_int32() for _ in range(rank)), *last)
+    stride = (*(cute.sym_int64() for _ in range(len(shape) - 1)), 1)
+    return make_fake_tensor(dtype, shape, stride, assumed_align=align or dtype.width // 8)
+
+
 def fake_arguments(kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool = False) -> list[Any]:
     """Arguments of a kernel's host function for `cute.compile`, in its order, with every length and stride left open.
 
@@ -40,31 +54,21 @@ def fake_arguments(kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool =
     longest-first works on side by side); programs (blocks to launch); counter (int32 (2,), zeros, of which the launch
     makes zeros again; None where items are alike); counts (lse's shape and 2, or None); stream.
     """
-    dtype = DTYPES[kinds.dtype]
-    aligned = ALIGNMENT * 8 // dtype.width
+    rank = 3 if kinds.varlen else 4
 
     def rows(head_dim: int) -> Any:
-        rank = 3 if kinds.varlen else 4
-        shape = (*(cute.sym_int32() for _ in range(rank - 1)), head_dim)
-        stride = (*(cute.sym_int64(divisibility=aligned) for _ in range(rank - 1)), 1)
-        return make_fake_tensor(dtype, shape, stride, assumed_align=ALIGNMENT)
-
-    def compact(dtype: Any, rank: int, *last: int) -> Any:
-        shape = (*(cute.sym_int32() for _ in range(rank)), *last)
-        stride = (*(cute.sym_int64() for _ in range(len(shape) - 1)), 1)
-        return make_fake_tensor(dtype, shape, stride, assumed_align=dtype.width // 8)
+        return fake_rows(DTYPES[kinds.dtype], rank, head_dim)
 
     def index(wanted: bool) -> Any:
-        return compact(Int32, 1) if wanted else None
+        return fake_numbers(Int32, 1) if wanted else None
 
-    statistic_rank = 2 if kinds.varlen else 3
     return [
         rows(kinds.head_dim),
         rows(kinds.head_dim),
         rows(kinds.head_dim_v),
         rows(kinds.head_dim_v),
-        compact(Float32, statistic_rank),
-        compact(DTYPES[sink_dtype], 1) if sink_dtype is not None else None,
+        fake_numbers(Float32, rank - 1),
+        fake_numbers(DTYPES[sink_dtype], 1) if sink_dtype is not None else None,
         index(kinds.varlen),
         index(kinds.varlen),
         index(kinds.seqused_q),
@@ -76,8 +80,8 @@ def fake_arguments(kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool =
         Float32(8.0),
         Int32(1),
         Int32(1),
-        compact(Int32, 0, 2) if drawn(kinds) else None,
-        compact(Int32, statistic_rank, 2) if counted else None,
+        fake_numbers(Int32, 0, 2) if drawn(kinds) else None,
+        fake_numbers(Int32, rank - 1, 2) if counted else None,
         make_fake_stream(use_tvm_ffi_env_stream=True),
     ]
 

@@ -225,7 +225,7 @@ def _packed(schedule: Schedule, place: Place, index: Int32) -> tuple[cutlass.Boo
         items = items if keys > later and keys <= longest else Int32(0)
         begin = end
         if cute.arch.vote_any_sync(items > 0):
-            before, total = _sums(items)
+            before, total = sums(items)
             begin, end = cutlass.min(end + before, NUMBERED), cutlass.min(end + total, NUMBERED)
     # The last lane whose items do not begin behind the index has the item.
     lane = cute.arch.popc(cute.arch.vote_ballot_sync(begin <= index)) - 1
@@ -255,7 +255,7 @@ def _work_of_lane(schedule: Schedule, base: Int32) -> tuple[Int32, Int32]:
 
 
 @cute.jit
-def _sums(value: Int32) -> tuple[Int32, Int32]:
+def sums(value: Int32) -> tuple[Int32, Int32]:
     """Sums over the lanes before this one, and over all, up to `NUMBERED`; no value is below 0 or above that."""
     lane, total = cute.arch.lane_idx(), value
     for distance in (1, 2, 4, 8, 16):

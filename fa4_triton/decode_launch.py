@@ -266,8 +266,7 @@ def attend_cache(problem: CacheProblem, inputs: CacheInputs, length: int, out: T
     """Appends, and writes out and lse; arguments as in `Backend.attend_cache`."""
     attend = problem.attend
     q, k_cache, v_cache, _, _, used_k, pages, cache, leftpad, _, _, k_descale, v_descale, sink = inputs
-    # With no row to append there is still the query to rotate.
-    if (problem.appended or problem.rotary_dim) and attend.batch:
+    if problem.appends:
         q = append(problem, inputs, length)
     tensors = (
         q, k_cache, v_cache, out, lse, sink, None, None, used_k, leftpad, cache, pages, k_descale, v_descale

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from dispatch import attention_with_kvcache
 from fa4_core import kvcache
@@ -80,6 +81,34 @@ def lay_out(layout, k, v, lengths):
                 cache[place] = rows[b, : lengths[b]]
         caches.append(cache)
     return *caches, options
+
+
+@st.composite
+def cache_calls(draw, kinds, lengths, seqlens_q, *, batch, new, pads, splits):
+    """(lengths, seqlen_q, appended, layout, options, splits, seed) of a kind, a dict of compile-time axes.
+
+    lengths: a strategy. batch, new, pads: the most sequences, appended rows, padded rows. seqlens_q, splits: values.
+    """
+    batch = draw(st.integers(1, batch))
+    new = draw(st.integers(1, new)) if kinds.get("new") else 0
+    kept = draw(st.lists(lengths, min_size=batch, max_size=batch))
+    pads = draw(st.lists(st.integers(0, pads), min_size=batch, max_size=batch)) if kinds.get("pads") else None
+    rows = draw(st.permutations(range(batch + 2))) if kinds.get("rows") else None
+    options = {"causal": kinds.get("causal", False)}
+    if "window" in kinds:
+        options["window"] = tuple(draw(side) for side in kinds["window"])
+    if kinds.get("softcap"):
+        options["softcap"] = draw(st.sampled_from((0.5, 5.0, 50.0)))
+    layout = Layout(
+        page=kinds.get("page", 0),
+        room=draw(st.integers(0, 70)),
+        pads=pads and tuple(pads),
+        rows=rows and tuple(rows[:batch]),
+        fp8=kinds.get("fp8", False),
+        seed=draw(st.integers(0, 999)),
+    )
+    seqlen_q, split = draw(st.sampled_from(seqlens_q)), draw(st.sampled_from(splits))
+    return [n + new for n in kept], seqlen_q, new, layout, options, split, draw(st.integers(0, 999))
 
 
 def same_bits(a, b):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from caches import INT32, Layout, ThroughCache, a_problem, exact_in_fp8, lay_out, problem
+from caches import INT32, Layout, ThroughCache, a_problem, cache_calls, exact_in_fp8, lay_out, problem
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import oracle
@@ -36,32 +36,6 @@ KINDS = {
 }  # fmt: skip
 
 
-@st.composite
-def calls(draw, kinds, longest, seqlens_q):
-    """(lengths, seqlen_q, appended, layout, options, splits, seed) of a kind."""
-    batch = draw(st.integers(1, 3))
-    new = draw(st.integers(1, 5)) if kinds.get("new") else 0
-    lengths = draw(st.lists(st.integers(0, 20) | st.integers(0, longest), min_size=batch, max_size=batch))
-    pads = draw(st.lists(st.integers(0, 40), min_size=batch, max_size=batch)) if kinds.get("pads") else None
-    rows = draw(st.permutations(range(batch + 2))) if kinds.get("rows") else None
-    options = {"causal": kinds.get("causal", False)}
-    if "window" in kinds:
-        options["window"] = tuple(draw(side) for side in kinds["window"])
-    if kinds.get("softcap"):
-        options["softcap"] = draw(st.sampled_from((0.5, 5.0, 50.0)))
-    layout = Layout(
-        page=kinds.get("page", 0),
-        room=draw(st.integers(0, 70)),
-        pads=pads and tuple(pads),
-        rows=rows and tuple(rows[:batch]),
-        fp8=kinds.get("fp8", False),
-        seed=draw(st.integers(0, 999)),
-    )
-    seqlen_q = draw(st.sampled_from(seqlens_q))
-    splits = draw(st.sampled_from((0, 0, 1, 2, 5)))
-    return [n + new for n in lengths], seqlen_q, new, layout, options, splits, draw(st.integers(0, 999))
-
-
 @pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS.keys())
 def test_every_layout_is_attention_over_the_valid_keys(target, dtype, kinds):
     """Within the row budget of float64. What is not a valid key is NaN: page, padding, tail, another row."""
@@ -69,7 +43,9 @@ def test_every_layout_is_attention_over_the_valid_keys(target, dtype, kinds):
     # Each power of two of query rows is a kernel of its own.
     seqlens_q = (1, 5) if target.compiles else (1, 1, 2, 5, 16)
 
-    @given(calls(kinds, 100 if target.interpreted else 700, seqlens_q))
+    lengths = st.integers(0, 20) | st.integers(0, 100 if target.interpreted else 700)
+
+    @given(cache_calls(kinds, lengths, seqlens_q, batch=3, new=5, pads=40, splits=(0, 0, 1, 2, 5)))
     def check(call):
         lengths, seqlen_q, new, layout, options, splits, seed = call
         shape = {name: kinds[name] for name in ("dim", "dim_v", "group") if name in kinds}

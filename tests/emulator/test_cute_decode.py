@@ -18,7 +18,7 @@ from fa4_core import kvcache  # noqa: E402
 from fa4_core.checks import compare, expected  # noqa: E402
 
 from .cute_backend import emulated_cute_decode  # noqa: E402
-from .test_decode import draw, paged, require, wild  # noqa: E402
+from .test_decode import draw, paged, require, wild_places  # noqa: E402
 
 INT32 = torch.int32
 # Compile-time axes, covered rather than crossed. page 0: contiguous; indexed, padded: cache_batch_idx, cache_leftpad.
@@ -129,14 +129,7 @@ def test_no_wild_length_or_index_leads_out_of_the_tensors(where, monkeypatch):
     batch, blocks = 6, 1 if where == "leftpad" else 3
     for seed in range(2):
         q, k, v = draw(batch, 2, 4, 64, seed=0), draw(blocks, 16, 2, 64, seed=1), draw(blocks, 16, 2, 64, seed=2)
-        options = {"cache_seqlens": wild(seed, batch), "causal": True}
-        if where == "pages":
-            options["page_table"] = wild(seed + 10, batch, 3)
-        else:
-            options["cache_batch_idx"] = wild(seed + 10, batch)
-        if where == "leftpad":
-            options["cache_leftpad"] = wild(seed + 20, batch)
-        out, lse = run((q, k, v), options, seed=seed)
+        out, lse = run((q, k, v), {"causal": True, **wild_places(where, seed, batch)}, seed=seed)
         assert out.isfinite().all()
         assert not lse.isnan().any()
 

@@ -179,6 +179,18 @@ def wild(seed, *shape):
     return torch.tensor(WILD, dtype=INT32)[at]
 
 
+def wild_places(where, seed, batch):
+    """Lengths, and where sequences lie: in `rows` of a contiguous cache, behind a `leftpad` there, or in `pages`."""
+    options = {"cache_seqlens": wild(seed, batch)}
+    if where == "pages":
+        options["page_table"] = wild(seed + 10, batch, 3)
+    else:
+        options["cache_batch_idx"] = wild(seed + 10, batch)
+    if where == "leftpad":
+        options["cache_leftpad"] = wild(seed + 20, batch)
+    return options
+
+
 @pytest.fixture
 def unread_contents(monkeypatch):
     """Index tensors that nobody checks, as on a GPU."""
@@ -195,13 +207,7 @@ def test_no_wild_length_or_index_leads_a_step_out_of_its_tensors(capability, whe
     for seed in range(2):
         q, k, v = draw(batch, new, 4, 64, seed=0), draw(batch, new, 2, 64, seed=1), draw(batch, new, 2, 64, seed=2)
         k_cache, v_cache = draw(blocks, 16, 2, 64, seed=3), draw(blocks, 16, 2, 64, seed=4)
-        options = {"cache_seqlens": wild(seed, batch)}
-        if where == "pages":
-            options["page_table"] = wild(seed + 10, batch, 3)
-        else:
-            options["cache_batch_idx"] = wild(seed + 10, batch)
-        if where == "leftpad":
-            options["cache_leftpad"] = wild(seed + 20, batch)
+        options = wild_places(where, seed, batch)
         with emulated_cache(capability, seed=seed) as ran:
             out, lse = dispatch.attention_with_kvcache(
                 q, k_cache, v_cache, k, v, rotary_cos=angles.cos(), rotary_sin=angles.sin(), causal=True,
