@@ -31,25 +31,29 @@ class _Call(NamedTuple):
     wide_sink: bool
 
 
-@functools.lru_cache(maxsize=4096)
-def _call_of(problem: CacheProblem, with_lse: bool) -> _Call:
+def kinds_of(problem: CacheProblem, with_lse: bool) -> CacheKinds:
+    """What a call's kernel is compiled for. with_lse: whether the LSE is wanted."""
     attend, kinds = problem.attend, problem.attend.kinds
-    rows = next(rows for rows in (4, 8, 16) if attend.seqlen_q * kinds.group <= rows)
-    cache_kinds = CacheKinds(
+    return CacheKinds(
         kinds=kinds,
-        rows=rows,
+        rows=next(rows for rows in (4, 8, 16) if attend.seqlen_q * kinds.group <= rows),
         page_size=problem.page_size if kinds.paged else 0,
         lengths=problem.meta("cache_seqlens") is not None,
         indexed=problem.meta("cache_batch_idx") is not None,
         padded=problem.meta("cache_leftpad") is not None,
         lse=with_lse,
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _call_of(problem: CacheProblem, with_lse: bool) -> _Call:
+    attend = problem.attend
     sink = problem.meta("sink")
     sink_dtype = None if sink is None else sink.dtype
     wide_sink = sink_dtype == torch.float64  # which no kernel reads
     sms = torch.cuda.get_device_properties(attend.device).multi_processor_count
     return _Call(
-        kernel=_kernel(cache_kinds, torch.float32 if wide_sink else sink_dtype, attend.device),
+        kernel=_kernel(kinds_of(problem, with_lse), torch.float32 if wide_sink else sink_dtype, attend.device),
         values=values_of(attend),
         sizes=(problem.appended, problem.num_splits, slots_of(problem), max(1, sms // attend.heads_kv)),
         n_parts=parts_of(problem),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ import torch
 from simulation import simulated_skips, visited_by_warpgroups, visited_tiles
 
 import fa4_cute
-from dispatch import attention, explain
+from dispatch import attention, attention_with_kvcache, explain
+from fa4_core.commands import warm
 from fa4_core.problem import Inputs, Kinds, make_problem
 from fa4_cute import cache, kernels, sm90_config, sm100_config
 
@@ -361,9 +363,59 @@ print("cutlass" in sys.modules)
 @needs_compiler
 def test_warm_compiles_ahead_for_a_gpu_that_is_not_there(shelf):
     command = [sys.executable, "-m", "dispatch", "warm", "--arch", "sm_90a", "--head-dim", "64", "--dtype", "float16"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "4 kernels are in" in done.stdout
-    assert len(list(shelf.glob("*.so"))) == 4
+    done = subprocess.run([*command, "--page", "16"], check=True, capture_output=True, text=True)
+    assert "6 kernels are in" in done.stdout
+    assert len(list(shelf.glob("*.so"))) == 6
+
+
+@pytest.fixture
+def requested(shelf, monkeypatch):
+    """The keys of kernels that are asked for; none is compiled, and the device is one of SM90."""
+    from fa4_core import kvcache
+    from fa4_cute import decode_launch
+
+    keys = []
+    monkeypatch.setattr(cache, "get", lambda key, compile_kernel: keys.append(key) or (lambda *arguments: None))
+    monkeypatch.setattr(fa4_cute, "_unavailable", lambda device: None)
+    monkeypatch.setattr(kernels, "architecture", lambda device: "sm_90a")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=3))
+    for module, name in ((kvcache, "_call_of"), (decode_launch, "_call_of"), (decode_launch, "_kernel")):
+        monkeypatch.setattr(module, name, functools.cache(getattr(module, name).__wrapped__))  # as in a new process
+    return keys
+
+
+@needs_dsl
+@pytest.mark.parametrize("page", [0, 16, 256])
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_a_decode_step_finds_its_kernel_warmed(requested, group, page):
+    """Of whatever sizes: another key would have the first step of a serving process wait for the compiler."""
+    warm.run_warm([64, 128], ["bfloat16"], [group], [0, 16, 256], "sm_90a")
+    warmed = set(requested)
+    assert len(warmed) == len(requested) == 2 * 2 * (2 + 3)
+    requested.clear()
+    for head_dim, causal in ((64, False), (64, True), (128, False), (128, True)):
+        k = torch.zeros(3, 512, 2, head_dim, dtype=torch.bfloat16)
+        where = {}
+        if page:
+            k = k.view(-1, page, 2, head_dim)
+            where["page_table"] = torch.zeros(3, 512 // page, dtype=torch.int32)
+        q = torch.zeros(3, 1, 2 * group, head_dim, dtype=torch.bfloat16)
+        seqlens = torch.tensor([500, 3, 0], dtype=torch.int32)
+        attention_with_kvcache(q, k, k, cache_seqlens=seqlens, causal=causal, backend="cute", **where)
+    assert len(set(requested)) == len(requested) == 4
+    assert set(requested) <= warmed
+
+
+@needs_dsl
+def test_warm_says_what_has_no_kernel(requested, capsys):
+    """Head dimensions of no decode kernel, more query heads than it has rows: what is compiled is the forward."""
+    warm.run_warm([80, 128], ["float16"], [17], [0, 16], "sm_90a")
+    told = capsys.readouterr().out
+    assert not [key for key in requested if key.startswith("decode")]
+    assert len(requested) == 8
+    assert "8 kernels are in" in told
+    assert told.count("not decode 80, float16: lacks head_dim=80") == 1
+    assert told.count("not decode 128, float16: lacks 17 query rows") == 1
 
 
 @needs_dsl
@@ -373,6 +425,7 @@ def test_warm_compiles_ahead_for_a_gpu_that_is_not_there(shelf):
         (("--arch", "sm_80"), "sm_90a, sm_100a"),
         (("--head-dim", "300"), "1 to 256"),
         (("--dtype", "float32"), "float16"),
+        (("--page", "1"), "multiples of 8"),
     ],
 )
 def test_warm_names_what_it_does_not_take(option, message):

@@ -55,10 +55,14 @@ def make_app(dispatch: ModuleType) -> typer.Typer:
         head_dim: Annotated[list[int] | None, typer.Option(help="Repeat for several. Default: 64, 128, 256.")] = None,
         dtype: Annotated[list[str] | None, typer.Option(help="float16, bfloat16; repeat. Default: both.")] = None,
         group: Annotated[list[int] | None, typer.Option(help="Query heads a KV head; repeat. Default: 1.")] = None,
+        page: Annotated[
+            list[int] | None, typer.Option(help="Rows of a page of the KV cache, 0: none; repeat. Default: 0, 16, 256.")
+        ] = None,
         arch: Annotated[str | None, typer.Option(help="sm_90a, sm_100a, sm_103a: needs no GPU. Default: its.")] = None,
     ) -> None:
-        """Compiles the CuTe kernels ahead. No first call then waits for the compiler."""
-        warm.run_warm(head_dim or [64, 128, 256], dtype or list(warm.DTYPES), group or [1], arch)
+        """Compiles the CuTe kernels ahead. No first forward or decode step then waits for the compiler."""
+        dims, pages = head_dim or [64, 128, 256], page or [0, 16, 256]
+        warm.run_warm(dims, dtype or list(warm.DTYPES), group or [1], pages, arch)
 
     @app.command("bench")
     def run_bench(
