@@ -51,15 +51,19 @@ def _call_of(problem: CacheProblem, with_lse: bool) -> _Call:
     sink = problem.meta("sink")
     sink_dtype = None if sink is None else sink.dtype
     wide_sink = sink_dtype == torch.float64  # which no kernel reads
-    sms = torch.cuda.get_device_properties(attend.device).multi_processor_count
     return _Call(
         kernel=_kernel(kinds_of(problem, with_lse), torch.float32 if wide_sink else sink_dtype, attend.device),
         values=values_of(attend),
-        sizes=(problem.appended, problem.num_splits, slots_of(problem), max(1, sms // attend.heads_kv)),
+        sizes=(problem.appended, problem.num_splits, slots_of(problem), _teams(attend.device, attend.heads_kv)),
         n_parts=parts_of(problem),
         n_arrivals=attend.batch * attend.heads_kv,
         wide_sink=wide_sink,
     )
+
+
+def _teams(device: torch.device, heads_kv: int) -> int:
+    """Teams of blocks, one for each KV head, that share the work of a call. Results do not depend on it."""
+    return max(1, torch.cuda.get_device_properties(device).multi_processor_count // heads_kv)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from dispatch import attention_with_kvcache
 from fa4_core import kvcache
 
 FP8 = torch.float8_e4m3fn
@@ -135,9 +134,9 @@ class ThroughCache:
         if self.new:
             at = torch.tensor(kept)[:, None] + torch.arange(self.new)
             new = {name: t[torch.arange(len(kept))[:, None], at] for name, t in (("k", k), ("v", v))}
-        return attention_with_kvcache(
-            q, k_cache, v_cache, **new, cache_seqlens=seqlens, backend=self.target.backend, num_splits=self.num_splits,
-            return_lse=return_lse, **where, **options,
+        return self.target.with_kvcache(
+            q, k_cache, v_cache, **new, cache_seqlens=seqlens, num_splits=self.num_splits, return_lse=return_lse,
+            **where, **options,
         )  # fmt: skip
 
 

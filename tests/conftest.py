@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 # cuBLAS is deterministic only with a fixed workspace, which has to be chosen before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -18,7 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
-from targets import INTERPRETED, KERNELS, TARGETS, Target
+from targets import CACHE_CALLS, INTERPRETED, KERNELS, SERVED, TARGETS, Target
 
 from fa4_core import allocation
 
@@ -50,6 +51,34 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     # The faster allocation of results on CUDA devices would leave them as they are.
     allocation._empty_strided_cuda = None
+
+
+ELSEWHERE = "KV-cache calls that went elsewhere"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Notes which calls the target's backend left to another; a test of which it served none says nothing about it."""
+    CACHE_CALLS.clear()
+    result = yield
+    elsewhere = {why: n for why, n in CACHE_CALLS.items() if why != SERVED}
+    if elsewhere:
+        item.user_properties.append((ELSEWHERE, elsewhere))
+        if not CACHE_CALLS[SERVED]:
+            pytest.skip(f"every call went elsewhere: {'; '.join(elsewhere)}")
+    return result
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    elsewhere: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("skipped"):
+        if report.when == "call":
+            for name, calls in report.user_properties:
+                elsewhere.update(calls if name == ELSEWHERE else {})
+    if elsewhere:
+        terminalreporter.section(ELSEWHERE)
+        for why, n in elsewhere.most_common():
+            terminalreporter.write_line(f"{n}: {why}")
 
 
 def _targets(metafunc: pytest.Metafunc) -> list[Target]:

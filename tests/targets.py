@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,10 @@ from fa4_core import backends
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SERVED = ""
+CACHE_CALLS: Counter[str] = Counter()
+"""Calls of `Target.with_kvcache` in the running test: those that its backend `SERVED`, and by what it lacked those that
+went elsewhere. conftest.py reports them."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,18 @@ class Target:
 
     def __call__(self, q, k, v, **options):
         return dispatch.attention(q, k, v, backend=self.backend, **options)
+
+    def with_kvcache(self, *tensors, **options):
+        """Called like `dispatch.attention_with_kvcache`. What cute lacks goes where `auto` says, and is counted."""
+        try:
+            results = dispatch.attention_with_kvcache(*tensors, backend=self.backend, **options)
+        except dispatch.UnsupportedError as error:
+            if "every_kv_cache" in self.serves:
+                raise
+            CACHE_CALLS[str(error)] += 1
+            return dispatch.attention_with_kvcache(*tensors, **options)
+        CACHE_CALLS[SERVED] += 1
+        return results
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.device}"
@@ -44,12 +61,15 @@ class Target:
 
     @property
     def serves(self) -> set[str]:
-        """What tests may ask for with `pytest.mark.serves`: "float32", "kv_cache" (of every kind, and pages, too).
+        """What tests may ask for with `pytest.mark.serves`: "float32", "kv_cache", and "every_kv_cache": fp8, pages of
+        1 row, any head dimension and number of query rows, and `attention` on pages."""
+        every = {"every_kv_cache"} if self.backend in ("triton", "reference") else set()
+        return {"kv_cache"} | every | ({"float32"} if torch.float32 in self.dtypes else set())
 
-        cute serves some KV caches, in tests of their own: test_decode.py.
-        """
-        float32, kv_cache = torch.float32 in self.dtypes, self.backend in ("triton", "reference")
-        return {name for name, served in (("float32", float32), ("kv_cache", kv_cache)) if served}
+    @property
+    def cache_dim(self) -> int:
+        """A small head dimension that its KV caches may have."""
+        return 16 if "every_kv_cache" in self.serves else 64
 
     @property
     def compiles(self) -> bool:

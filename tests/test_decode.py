@@ -10,7 +10,7 @@ import torch
 from caches import INT32, Layout, ThroughCache, cache_calls, index, problem, rows
 from hypothesis import given
 from hypothesis import strategies as st
-from targets import TARGETS
+from targets import CACHE_CALLS, SERVED, TARGETS
 
 from dispatch import attention_with_kvcache
 from fa4_core import kvcache, ops
@@ -25,6 +25,15 @@ on_a_gpu = pytest.mark.parametrize(
     [target.parameter() for target in CUTE]
     or [pytest.param(None, marks=pytest.mark.skip(reason="needs a GPU that the cute backend serves"))],
 )
+
+
+@pytest.fixture(autouse=True)
+def nothing_elsewhere():
+    """Every call here is one that the backend serves, and runs on it."""
+    yield
+    assert set(CACHE_CALLS) <= {SERVED}
+
+
 SIDE = st.integers(0, 90)
 # Compile-time axes, covered rather than crossed. Query rows of a KV head: up to 16, rounded up to 4, 8 or 16.
 KINDS = {

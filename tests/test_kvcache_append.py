@@ -66,9 +66,9 @@ def test_rotary_turns_the_new_rows_and_the_query_at_their_positions(target, dtyp
     at = seqlens[:, None] + steps
     for layout in (Layout(pads=pads), Layout(page=8, pads=pads)):
         k_cache, v_cache, where = lay_out(layout, k, v, lengths)
-        out, lse = attention_with_kvcache(
+        out, lse = target.with_kvcache(
             q, k_cache, v_cache, k_new, v_new, cache_seqlens=seqlens, rotary_cos=cos, rotary_sin=sin,
-            rotary_interleaved=interleaved, causal=causal, return_lse=True, backend=target.backend, **where,
+            rotary_interleaved=interleaved, causal=causal, return_lse=True, **where,
         )  # fmt: skip
         turned = k.clone()
         turned[rows, start + steps] = rotated(k_new, cos, sin, at, interleaved)
@@ -129,6 +129,7 @@ def every_value(device):
     return torch.cat([values, middles, *beside, extremes, tiny]).to(device)
 
 
+@pytest.mark.serves("every_kv_cache")
 def test_fp8_append_rounds_to_nearest_even_saturates_and_keeps_nan(target):
     """Byte for byte what a saturating conversion gives, for every value of e4m3, the middles, and beyond."""
     values = every_value(target.device)
@@ -145,6 +146,7 @@ def test_fp8_append_rounds_to_nearest_even_saturates_and_keeps_nan(target):
         assert torch.equal(got[~nan], want[~nan])
 
 
+@pytest.mark.serves("every_kv_cache")
 def test_fp8_append_divides_by_the_descale(target, dtype):
     layout = Layout(fp8=True, page=16, seed=3)
     q, k, v, used = a_problem(target, dtype, lengths=(40, 9))

@@ -18,14 +18,19 @@ from fa4_core.checks import check_forward
 pytestmark = pytest.mark.serves("kv_cache")
 
 
+def randn(target, *shape):
+    """As `torch.randn`, of a head dimension and a dtype that the target's KV caches may have."""
+    return torch.randn(*shape, target.cache_dim, device=target.device).to(target.widest)
+
+
 def test_an_append_past_the_capacity_writes_nothing(target, monkeypatch):
     """The lengths lie on the device, where nobody reads them: other sequences append as if they were alone."""
     unchecked(target, monkeypatch)
     for page in (0, 8):
-        k = torch.randn(4, 24, 1, 16, device=target.device)
+        k = randn(target, 4, 24, 1)
         k_cache, v_cache, where = lay_out(Layout(page), k, k, [24] * 4)
         before = k_cache.clone()
-        new = torch.randn(4, 3, 1, 16, device=target.device)
+        new = randn(target, 4, 3, 1)
         seqlens = torch.tensor([22, -1, 2**31 - 1, 21], dtype=INT32, device=target.device)
         attention_with_kvcache(new, k_cache, v_cache, new, new, cache_seqlens=seqlens, backend=target.backend, **where)
         k[3, 21:] = new[3]
@@ -38,9 +43,9 @@ def test_an_append_past_the_capacity_writes_nothing(target, monkeypatch):
 def test_wild_pages_and_rows_are_written_to_by_no_one(target, monkeypatch):
     """A number of a page that does not exist is clamped where it is read; a write would hit another's page."""
     unchecked(target, monkeypatch)
-    new = torch.randn(2, 1, 1, 16, device=target.device)
+    new = randn(target, 2, 1, 1)
     for where in ({"page_table": [[99], [-7]]}, {"cache_batch_idx": [5, -1]}):
-        cache = torch.randn(3, 8, 1, 16, device=target.device)
+        cache = randn(target, 3, 8, 1)
         before = cache.clone()
         where = {name: torch.tensor(value, dtype=INT32, device=target.device) for name, value in where.items()}
         out = attention_with_kvcache(new, cache, cache, new, new, cache_seqlens=4, backend=target.backend, **where)
@@ -48,6 +53,7 @@ def test_wild_pages_and_rows_are_written_to_by_no_one(target, monkeypatch):
         assert out.isfinite().all()
 
 
+@pytest.mark.serves("every_kv_cache")
 def test_a_row_is_appended_whatever_the_page_of_the_next_one(target, monkeypatch):
     """The next one's wild page is clamped to that of the row itself."""
     unchecked(target, monkeypatch)
@@ -64,24 +70,28 @@ def test_a_row_is_appended_whatever_the_page_of_the_next_one(target, monkeypatch
 def test_wild_lengths_and_paddings_read_nothing_outside_of_the_cache(target, monkeypatch):
     """Lengths are clamped into the cache, and paddings to the lengths; NaN lies on both sides of it."""
     unchecked(target, monkeypatch)
-    q = torch.randn(3, 1, 2, 16, device=target.device)
-    memory = torch.full((5, 24, 1, 16), math.nan, device=target.device)
-    memory[1:4] = torch.randn(3, 24, 1, 16, device=target.device)
+    q = randn(target, 3, 1, 2)
+    memory = torch.full((5, 24, 1, target.cache_dim), math.nan, dtype=q.dtype, device=target.device)
+    memory[1:4] = randn(target, 3, 24, 1)
     seqlens, pads = (
         torch.tensor(t, dtype=INT32, device=target.device)
         for t in ([2**31 - 1, -(2**31), 20], [-(2**31), 7, 2**31 - 1])
     )
     contiguous = memory[1:4]
-    pages, table = memory.view(15, 8, 1, 16)[3:12], torch.arange(9, dtype=INT32, device=target.device).view(3, 3)
-    for cache, where in ((contiguous, {}), (pages, {"page_table": table})):
-        out, lse = attention_with_kvcache(
-            q, cache, cache, cache_seqlens=seqlens, cache_leftpad=pads, return_lse=True, backend=target.backend, **where
+    pages = memory.view(15, 8, 1, -1)[3:12]
+    table = {"page_table": torch.arange(9, dtype=INT32, device=target.device).view(3, 3)}
+    for cache, where, padded in ((contiguous, {}, True), (pages, table, False), (pages, table, True)):
+        out, lse = target.with_kvcache(
+            q, cache, cache, cache_seqlens=seqlens, cache_leftpad=pads if padded else None, return_lse=True, **where
         )
         check_forward(lambda *_, out=out, lse=lse, **__: (out[:1], lse[:1]), q[:1], *[contiguous[:1]] * 2).require()
-        assert (out[1:] == 0).all()
-        assert (lse[1:] == -math.inf).all()
+        keyless = slice(1, 3 if padded else 2)
+        assert (out[keyless] == 0).all()
+        assert (lse[keyless] == -math.inf).all()
+        assert out.isfinite().all()
 
 
+@pytest.mark.serves("every_kv_cache")
 @pytest.mark.parametrize("packed", [False, True])
 def test_wild_pages_and_lengths_of_prompts_read_nothing_outside_of_the_pages(target, packed, monkeypatch):
     """NaN lies on both sides of the pages; a packed prompt's rows may be nobody's, which gives zeros."""
@@ -104,8 +114,8 @@ def test_wild_pages_and_lengths_of_prompts_read_nothing_outside_of_the_pages(tar
 def test_a_cache_without_pages_or_rows_holds_no_key_whatever_the_lengths_say(target, monkeypatch):
     """Kernels clamp an index to the last one that exists: here to -1, memory before the cache."""
     unchecked(target, monkeypatch)
-    poison = torch.full((2, 8, 1, 16), math.nan, device=target.device)
-    q = torch.randn(2, 1, 2, 16, device=target.device)
+    q = randn(target, 2, 1, 2)
+    poison = torch.full((2, 8, 1, target.cache_dim), math.nan, dtype=q.dtype, device=target.device)
     lengths, zeros = (torch.full((2,), n, dtype=INT32, device=target.device) for n in (8, 0))
     for where in ({"page_table": zeros[:, None]}, {"cache_batch_idx": zeros}):
         cache = poison[1:1]
@@ -114,13 +124,20 @@ def test_a_cache_without_pages_or_rows_holds_no_key_whatever_the_lengths_say(tar
         )
         assert (out == 0).all(), where
         assert (lse == -math.inf).all(), where
-    monkeypatch.setattr(problem_module, "contents_are_checked", lambda device: False)
-    out = target(q, poison[1:1], poison[1:1], page_table=zeros[:, None], seqused_k=lengths)
-    assert (out == 0).all()
+    if "every_kv_cache" in target.serves:
+        monkeypatch.setattr(problem_module, "contents_are_checked", lambda device: False)
+        out = target(q, poison[1:1], poison[1:1], page_table=zeros[:, None], seqused_k=lengths)
+        assert (out == 0).all()
+
+
+def halves(t):
+    """Zeros that the cute backend's KV caches may be of, in place of float32 ones."""
+    return torch.zeros(*t.shape[:-1], 64, dtype=torch.float16) if t.is_floating_point() else t
 
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("make", [halves, lambda t: t], ids=["float16", "float32"])
 @pytest.mark.parametrize(
     ("changed", "argument"),
     [
@@ -130,10 +147,10 @@ def test_a_cache_without_pages_or_rows_holds_no_key_whatever_the_lengths_say(tar
         ({"page_table": index([0, 1], [77, 1])}, "page_table"),
     ],
 )
-def test_contents_on_a_device_are_clamped_or_under_dispatch_check_refused(monkeypatch, changed, argument):
+def test_contents_on_a_device_are_clamped_or_under_dispatch_check_refused(monkeypatch, changed, argument, make):
     """Without the check the result is unspecified, and the device survives (compute-sanitizer runs this test)."""
     call = paged(**changed)
-    call = {name: t.cuda() if isinstance(t, torch.Tensor) else t for name, t in call.items()}
+    call = {name: make(t).cuda() for name, t in call.items()}
     attention_with_kvcache(**call)
     torch.cuda.synchronize()
     monkeypatch.setenv("DISPATCH_CHECK", "1")

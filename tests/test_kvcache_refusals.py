@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from caches import FP8, INT32, contiguous, index, paged, rows
+from targets import CACHE_CALLS, SERVED, Target
 
 from dispatch import attention_with_kvcache
 
@@ -189,3 +190,13 @@ def test_the_calls_above_are_valid_but_for_what_they_change(call):
 def test_a_gradient_that_nothing_records_is_fine():
     with torch.no_grad():
         attention_with_kvcache(**contiguous(q=rows(2, 3, 4, 16).requires_grad_()))
+
+
+def test_what_a_target_lacks_is_counted_and_goes_elsewhere():
+    """Of these tests: a backend that refused every call would pass them all by another's results."""
+    got = Target("cute", "cpu").with_kvcache(**contiguous())
+    assert torch.equal(got, attention_with_kvcache(**contiguous()))
+    (why,) = CACHE_CALLS
+    assert why != SERVED
+    assert why.startswith("backend='cute': ")
+    CACHE_CALLS.clear()  # or conftest.py would skip this test

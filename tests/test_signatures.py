@@ -118,6 +118,10 @@ def test_steps_that_differ_in_their_strides_alone(target):
     spread = torch.stack((seqlens, seqlens), 1)[:, 0]
     roomy = torch.empty(*q.shape[:3], q.shape[3] + 8, dtype=q.dtype, device=q.device)[..., : q.shape[3]]
     for other in (turned, [q, turned[1]], [turned[0], new]):
+        if target.backend == "cute" and other[0] is not q:
+            with pytest.raises(NotImplementedError, match="strides"):
+                step(*other, seqlens)
+            continue
         assert all(map(torch.equal, step(*other, seqlens), want))
     assert all(map(torch.equal, step(q, new, spread), want))
     assert all(map(torch.equal, step(q, new, seqlens, roomy), want))
