@@ -16,7 +16,8 @@ from host_threads import at_once, check_compiled_and_loaded_once
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dispatch import attention_with_kvcache
+from dispatch import attention, attention_with_kvcache
+from fa4_core import backends
 from fa4_core import reserve as reserves
 from fa4_core.lasting import make_lasting
 from fa4_core.reserve import Reserve
@@ -229,22 +230,91 @@ def compiled_steps(scales):
     assert torch.equal(fresh[0], k_cache)
 
 
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("scales", ["[None] * 8", "[0.3, 0.3, 0.3, 0.3, 0.1, 0.1, 0.5, 0.3]"])
-def test_steps_compiled_to_cuda_graphs_are_right_from_the_first_call(scales):
-    """In a process of its own: nothing is kept yet, and a capture that fails would leave this one's generator in it."""
+def in_a_process(call, **environment):
+    """Runs a call of this module, in Python, in a process where nothing is kept yet."""
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    code = f"import test_kvcache_kept; test_kvcache_kept.compiled_steps({scales})"
     result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path},
+        [sys.executable, "-c", f"import test_kvcache_kept; test_kvcache_kept.{call}"],
+        env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
         timeout=180,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("scales", ["[None] * 8", "[0.3, 0.3, 0.3, 0.3, 0.1, 0.1, 0.5, 0.3]"])
+def test_steps_compiled_to_cuda_graphs_are_right_from_the_first_call(scales):
+    """In a process of its own: nothing is kept yet, and a capture that fails would leave this one's generator in it."""
+    in_a_process(f"compiled_steps({scales})")
+
+
+def captured_first(backend, decodes):
+    """The very first calls of a process are captured, in two graphs that then run at once, and only then one is eager.
+
+    decodes: whether the calls are on a KV cache, or `attention`.
+    """
+    g = torch.Generator("cuda").manual_seed(0)
+    q = torch.randn(3, 1, 8, 128, device="cuda", generator=g).bfloat16()
+    k, v, new = (torch.randn(3, n, 2, 128, device="cuda", generator=g).bfloat16() for n in (9000, 9000, 1))
+    seqlens = torch.tensor([8999, 5, 4000], dtype=torch.int32, device="cuda")
+
+    def step():
+        if decodes:
+            return attention_with_kvcache(q, k, v, new, new, cache_seqlens=seqlens, backend=backend)
+        return attention(k[:, :700], k[:, :700], v[:, :700], causal=True, backend=backend)
+
+    def capture():
+        graph, outs, others = torch.cuda.CUDAGraph(), [], []
+        with torch.cuda.graph(graph):
+            for _ in range(3):
+                outs.append(step())
+                # Of the sizes of counters: they get what a call gives back to the graph's pool.
+                others += [torch.full((n,), -1, dtype=torch.int32, device="cuda") for n in (2, 6, 2**14, ARRIVALS)]
+        return graph, outs
+
+    graphs = [capture() for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for lengths in ([8999, 5, 4000], [1, 8999, 64], [0, 700, 2500]):
+        seqlens.copy_(torch.tensor(lengths, dtype=torch.int32))
+        torch.cuda.synchronize()
+        for _ in range(10):
+            for (graph, _), stream in zip(graphs[::-1], streams):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+        torch.cuda.synchronize()
+        want = step()
+        assert all(torch.equal(out, want) for _, outs in graphs for out in outs), lengths
+    # From now on counters are there ahead, and no replay has to zero any.
+    device = q.device
+    if decodes:
+        free, counters = lambda: work_space._reserves[device].free.numel(), 3 * 2
+    else:
+        from fa4_cute import launch
+
+        free, counters = lambda: launch._reserve(device).free.numel(), 2
+    before = free()
+    capture()
+    assert before - free() == 3 * counters
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("backend", "decodes"), [("cute", True), ("cute", False), ("triton", True)])
+def test_a_call_may_be_captured_before_any_other(backend, decodes, tmp_path):
+    """Nothing is compiled, loaded or reserved then.
+
+    Counters that are zeroed once, in memory that the graph's pool gives to others, count wrongly at the next replay;
+    those of a reserve made in the capture are zeroed while others count in them.
+    """
+    why = backends.load(backend).unavailable(torch.device("cuda", 0))
+    if why is not None:
+        pytest.skip(why)
+    caches = {name: str(tmp_path / name) for name in ("FA4_CACHE_DIR", "TRITON_CACHE_DIR")}
+    in_a_process(f"captured_first({backend!r}, {decodes})", **caches)
 
 
 @pytest.mark.gpu
