@@ -8,7 +8,6 @@ Of each tile in turn: `cap`, `hide` where rows see different keys, `weigh`, `rou
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -19,8 +18,8 @@ from fa4_cute.params import DTYPES
 from fa4_cute.ranges import Window, visible_keys
 from fa4_cute.sm90_config import Sm90Config
 from fa4_cute.sm90_places import place
-from fa4_cute.softcap import LOWEST, all_near, bend, bend_near
-from fa4_cute.softmax import follow_max, pack, rescale_factor, subtrahend
+from fa4_cute.softcap import all_near, bend, bend_near
+from fa4_cute.softmax import fold, follow_max, pack, rescale_factor, subtrahend
 
 
 class Softmax:
@@ -34,16 +33,20 @@ class Softmax:
 
     @cute.jit
     def cap(self, state, masked: cutlass.Constexpr[bool]):
-        """Softcap: normalises the scores, before any is hidden; returns whether all of the warp's are near.
+        """Softcap: whether it is known that all scores of the warp are near; before any is hidden.
 
-        masked: -inf is to mean a hidden key, so scores of -inf become finite.
+        masked: -inf is to mean a hidden key, so scores of -inf become finite, and `bend` takes the tile by parts.
         """
-        near = True
+        near = Boolean(False)
         if const_expr(self.kinds.softcap):
-            scores = [state.acc_s[at] * state.cap.scale for at in range(self.config.tile_n // 2)]
-            near = all_near(scores)
-            for at in cutlass.range_constexpr(self.config.tile_n // 2):
-                state.acc_s[at] = cute.arch.fmax(scores[at], LOWEST, nan=True) if masked else scores[at]
+            if state.cap.unit != 1.0:
+                for at in cutlass.range_constexpr(self.config.tile_n // 2):
+                    state.acc_s[at] = state.acc_s[at] * state.cap.unit
+            if const_expr(masked):
+                for at in cutlass.range_constexpr(self.config.tile_n // 2):
+                    state.acc_s[at] = cute.arch.fmax(state.acc_s[at], state.cap.lowest, nan=True)
+            else:
+                near = all_near([state.acc_s[at] for at in range(self.config.tile_n // 2)], state.cap)
         return near
 
     @cute.jit
@@ -72,15 +75,17 @@ class Softmax:
         """
         highest = []
         for r in cutlass.range_constexpr(2):
-            of_row = _fold(self._row(state, r), cute.arch.fmax)
+            of_row = fold(self._row(state, r), cute.arch.fmax)
             of_row = cute.arch.fmax(of_row, cute.arch.shuffle_sync_bfly(of_row, 1))
             highest.append(cute.arch.fmax(of_row, cute.arch.shuffle_sync_bfly(of_row, 2)))
         moved, factor = (Boolean(False), Boolean(False)), (Float32(1.0), Float32(1.0))
-        if const_expr(self.kinds.softcap):
+        if const_expr(self.kinds.softcap and masked):
+            moved, factor = self._exponentiate(state, highest, lambda s, shift: bend(s, state.cap, shift, True))
+        elif const_expr(self.kinds.softcap):
             if near:
-                moved, factor = self._exponentiate(state, highest, lambda y, shift: bend_near(y, state.cap, shift))
+                moved, factor = self._exponentiate(state, highest, lambda s, shift: bend_near(s, state.cap, shift))
             else:
-                moved, factor = self._exponentiate(state, highest, lambda y, shift: bend(y, state.cap, shift, masked))
+                moved, factor = self._exponentiate(state, highest, lambda s, shift: bend(s, state.cap, shift, False))
         else:
             scale = state.values.scale_log2
             moved, factor = self._exponentiate(
@@ -105,7 +110,7 @@ class Softmax:
             weights = [cute.math.exp2(score, fastmath=True) for score in scores]
             for at in cutlass.range_constexpr(len(weights)):
                 state.acc_s[at // 2 * 4 + 2 * r + at % 2] = weights[at]
-            state.row_sum[r] = state.row_sum[r] * factor[r] + _fold(weights, operator.add)
+            state.row_sum[r] = state.row_sum[r] * factor[r] + fold(weights, operator.add)
         return (moved[0], moved[1]), (factor[0], factor[1])
 
     def _row(self, state, r: int) -> list:
@@ -125,11 +130,3 @@ class Softmax:
         if cute.arch.vote_any_sync(moved[0] or moved[1]):
             for at in cutlass.range_constexpr(cute.size(state.acc_o)):
                 state.acc_o[at] = state.acc_o[at] * factor[at // 2 % 2]
-
-
-def _fold(values: list, combine: Any) -> Any:
-    """Combines values pairwise in four chains, short enough to hide an instruction's latency."""
-    chains = values[:4]
-    for at in range(4, len(values)):
-        chains[at % 4] = combine(chains[at % 4], values[at])
-    return combine(combine(chains[0], chains[1]), combine(chains[2], chains[3]))

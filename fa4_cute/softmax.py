@@ -7,6 +7,7 @@ rescale; the pivot cancels in O / row_sum and in the LSE. See docs/semantics.md.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -78,3 +79,13 @@ def pack(low: Float32, high: Float32, dtype: Any) -> Int32:
     return cute.arch.inline_ptx(
         f"cvt.rn.{name}.f32 {{$w0}}, {{$r1}}, {{$r0}};", write_only_types=[Int32], read_only_args=[low, high]
     )
+
+
+def fold(values: list, combine: Any) -> Any:
+    """Combines values pairwise in four chains, short enough to hide an instruction's latency."""
+    chains = values[:4]
+    for at in range(4, len(values)):
+        chains[at % 4] = combine(chains[at % 4], values[at])
+    while len(chains) > 1:
+        chains = [functools.reduce(combine, chains[at : at + 2]) for at in range(0, len(chains), 2)]
+    return chains[0]

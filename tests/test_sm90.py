@@ -84,44 +84,45 @@ def test_the_softcaps_polynomial_is_the_best_of_its_degree():
     assert heights.max() / heights.min() < 1.001
 
 
-def bent(x, hidden):
-    """tanh of a float32 vector as the kernel has it, 16 side by side in a thread and 512 in a warp."""
+def bent(x, hidden, scale=1.0):
+    """tanh(scale x) of a float32 vector as the kernel has it, 16 side by side in a thread and 512 in a warp."""
     from emulator.cute_backend import run
     from emulator.cute_compile import Request
 
     x = torch.cat([x, torch.zeros(-len(x) % 4096)])
     y = torch.full_like(x, math.nan)
-    run(Request("sm_90a", "tests.emulator.cute_probe:SoftcapProbe", (hidden,)), [x, y])
+    run(Request("sm_90a", "tests.emulator.cute_probe:SoftcapProbe", (hidden, scale)), [x, y])
     return y
 
 
 @needs_dsl
-def test_a_softcap_bends_as_accurately_as_it_says():
+@pytest.mark.parametrize("scale", [1.0, 0.75 * 2**-15, 2.0**-20, 2.0**20])
+def test_a_softcap_bends_as_accurately_as_it_says(scale):
     """Executed as compiled, on every 16,001st float32 of either sign; infinities bend, and NaN stays."""
     from fa4_cute.softcap import MAX_RELATIVE_ERROR
 
     first, last = (int(np.float32(x).view(np.uint32)) for x in (1e-30, 100.0))
     magnitudes = np.arange(first, last, 16001, dtype=np.uint64).astype(np.uint32).view(np.float32)
     x = torch.from_numpy(np.concatenate([-magnitudes[::-1], [0.0], magnitudes]).astype(np.float32))
-    got, want = bent(x, False)[: len(x)].double(), torch.tanh(x.double())
-    assert (x.abs() < 0.75).sum() > 10_000
-    assert (x.abs() > 0.75).sum() > 1_000
+    got, want = bent(x / scale, False, scale)[: len(x)].double(), torch.tanh(x.double())
+    assert (x.abs() < 0.5).sum() > 10_000
+    assert (x.abs() > 0.5).sum() > 1_000
     assert (((got - want) / want).abs()[x != 0]).max() <= MAX_RELATIVE_ERROR
     assert got[x == 0] == 0
-    special = torch.tensor([math.inf, -math.inf, math.nan, 1e38, -1e38])
-    assert bent(special, False)[:5].nan_to_num(7.0).tolist() == [1.0, -1.0, 7.0, 1.0, -1.0]
-    assert bent(special, True)[:5].nan_to_num(7.0, neginf=-7.0).tolist() == [1.0, -7.0, 7.0, 1.0, -1.0]
-    assert bent(torch.tensor([-math.inf, 0.1, -1.0]), True)[0] == -math.inf
+    special = torch.tensor([math.inf, -math.inf, math.nan, 1e38, -1e38]) / max(scale, 1.0)
+    assert bent(special, False, scale)[:5].nan_to_num(7.0).tolist() == [1.0, -1.0, 7.0, 1.0, -1.0]
+    assert bent(special, True, scale)[:5].nan_to_num(7.0, neginf=-7.0).tolist() == [1.0, -7.0, 7.0, 1.0, -1.0]
+    assert bent(torch.tensor([-math.inf, 0.1 / scale, -1.0 / scale]), True, scale)[0] == -math.inf
 
 
 @needs_dsl
 def test_a_bent_score_depends_on_no_other():
     """To the bit: near scores beside near ones alone, far ones in their own part, or elsewhere in the warp."""
     g = torch.Generator().manual_seed(0)
-    near = torch.rand(4096, generator=g) * 1.498 - 0.749
+    near = torch.rand(4096, generator=g) * 0.998 - 0.499
     alone = bent(near, False)
     for loud in (torch.arange(4096) % 16 == 3, torch.arange(4096) % 512 == 500, torch.rand(4096, generator=g) < 0.3):
-        for value in (0.76, -40.0, math.inf, math.nan):
+        for value in (0.51, -40.0, math.inf, math.nan):
             beside = bent(torch.where(loud, value, near), False)
             assert torch.equal(beside[~loud], alone[~loud])
             assert not torch.equal(beside, alone)

@@ -8,6 +8,7 @@ carried out here on host arrays, each only if the launch needs it. docs/emulator
 from __future__ import annotations
 
 import math
+import operator
 import re
 import struct
 from collections.abc import Sequence
@@ -128,6 +129,8 @@ class HostFunction:
             return np.float32(number) if type_text == "f32" else int(number)
         if op in _ARITHMETIC:
             return _ARITHMETIC[op](*inputs)
+        if op == "arith.cmpf":
+            return _COMPARISONS[rest.split(",")[0].strip()](*inputs)
         if op == "cute.get_iter":
             return inputs[0].pointer
         if op == "cute.get_layout":
@@ -202,6 +205,9 @@ _ARITHMETIC = {
     "arith.subi": lambda a, b: a - b,
     "arith.muli": lambda a, b: a * b,
     "arith.mulf": lambda a, b: np.float32(a) * np.float32(b),
+    "arith.divf": lambda a, b: np.float32(a) / np.float32(b),
+    "arith.select": lambda condition, a, b: a if condition else b,
+    "arith.andi": lambda a, b: a & b,
     "arith.divsi": lambda a, b: math.trunc(a / b),
     "arith.floordivsi": lambda a, b: a // b,
     "arith.ceildivsi": lambda a, b: -(-a // b),
@@ -211,6 +217,7 @@ _ARITHMETIC = {
     "arith.extsi": lambda a: a,
     "arith.trunci": lambda a: a,
 }
+_COMPARISONS = {"oge": operator.ge, "ole": operator.le}
 _TUPLES = {
     "cute.tuple_add": lambda a, b: a + b,
     "cute.tuple_sub": lambda a, b: a - b,

@@ -36,22 +36,23 @@ class Exp2Probe(_Probe):
 
 
 class SoftcapProbe(_Probe):
-    """y = tanh(x) for a float32 vector of a multiple of 4,096 elements, 16 side by side a thread, by one block.
+    """y = tanh(scale x) for a float32 vector of a multiple of 4,096 elements, 16 side by side a thread, by one block.
 
     hidden: as `softcap.bend` has it; -inf then means a hidden key.
     """
 
-    def __init__(self, hidden: bool) -> None:
+    def __init__(self, hidden: bool, scale: float) -> None:
         self.hidden = hidden
+        self.scale = scale
 
     @cute.kernel
     def kernel(self, x: cute.Tensor, y: cute.Tensor):
         thread, _, _ = cute.arch.thread_idx()
-        cap = cap_of(Float32(1.0), Float32(1.0))
+        cap = cap_of(Float32(self.scale), Float32(1.0))
         for i in cutlass.range(cute.size(x) // (16 * THREADS), unroll=1):
             at = (Int32(i) * THREADS + thread) * 16
-            scores = [x[at + n] * cap.scale for n in range(16)]
-            if all_near(scores):
+            scores = [x[at + n] * cap.unit for n in range(16)]
+            if all_near(scores, cap):
                 bent = bend_near(scores, cap, Float32(0.0))
                 for n in cutlass.range_constexpr(16):
                     y[at + n] = bent[n]
