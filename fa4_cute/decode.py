@@ -28,15 +28,16 @@ from typing import Any, NamedTuple
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warp
 from cutlass.cute.runtime import make_fake_stream
 
 from fa4_cute.decode_config import BLOCK_COLUMNS, WARP_ROWS, WARPS, CacheKinds, DecodeConfig, config_for
-from fa4_cute.decode_shares import Calls, find_share, keys_of
+from fa4_cute.decode_shares import Calls, Share, find_share, keys_of, share_of
 from fa4_cute.params import DTYPES, Values, fake_numbers, fake_rows
 from fa4_cute.pipelines import Cursor, Ring
 from fa4_cute.ranges import Window, visible_keys
+from fa4_cute.schedule import LANES, ask, retire
 from fa4_cute.sm90_softmax import Softmax
 from fa4_cute.softcap import Cap, cap_of
 from fa4_cute.softmax import LOG2_E, finish, pack, rescale_factor
@@ -78,7 +79,7 @@ class Splits(NamedTuple):
 
     parts: float32, for each of `slots` chunks O unnormalised (rows, D), and after them all, for each row of each, its
     pivot (log2 units) and its sum. arrivals: int32 for each pair, 0 between launches: the chunks that arrived, and in
-    units of HELD how many of them the first part holds.
+    units of HELD how many of them the first part holds; and after them all the two of `schedule.draw`.
     """
 
     parts: cute.Tensor
@@ -87,13 +88,30 @@ class Splits(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Shared memory: tiles with their slots last, the warps' O (row, column, warp) and statistics, and a word."""
+    """Shared memory: tiles with their slots last, the warps' O (row, column, warp) and statistics.
+
+    words: what an arrival found, and the items that were drawn.
+    """
 
     k: cute.Tensor
     v: cute.Tensor
     out: cute.Tensor
     statistics: cute.Tensor
-    word: cute.Tensor
+    words: cute.Tensor
+
+
+class Work(NamedTuple):
+    """A call's sequences and window, its work space, KV heads, and a block's share.
+
+    drawn: whether whole sequences are drawn after it, by items: sequence * heads + KV head.
+    """
+
+    calls: Calls
+    window: Window
+    splits: Splits
+    heads: Int32
+    share: Share
+    drawn: Boolean
 
 
 class State(NamedTuple):
@@ -227,9 +245,10 @@ class Decode:
         config = self.config
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         memory = cutlass.utils.SmemAllocator()
-        barriers = memory.allocate_array(Int64, 2 * config.slots)
+        barriers = memory.allocate_array(Int64, 4 * config.slots)
         tiles = Ring(barriers, config.slots, 1, 1)
-        word = cute.make_tensor(memory.allocate_array(Int32, 1), cute.make_layout(1))
+        draws = Ring(barriers + 2 * config.slots, config.slots, 1, THREADS)
+        words = cute.make_tensor(memory.allocate_array(Int32, 1 + config.slots), cute.make_layout(1 + config.slots))
         layout_k = _rows_layout((config.tile_n, config.head_dim), config.slots)
         layout_v = _rows_layout((config.tile_n, config.head_dim_v), config.slots)
         s_k = memory.allocate_tensor(self.dtype, layout_k.outer, 1024, layout_k.inner)
@@ -239,63 +258,89 @@ class Decode:
         )
         s_out = memory.allocate_tensor(Float32, of_warps, 16)
         s_statistics = memory.allocate_tensor(Float32, cute.make_layout((2, config.rows, WARPS)), 16)
-        shared = Shared(s_k, s_v, s_out, s_statistics, word)
+        shared = Shared(s_k, s_v, s_out, s_statistics, words)
 
         if warp_index == 0:
             with cute.arch.elect_one():
                 tiles.init()
+                draws.init()
             cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
-
+        if warp_index == WARPS:
+            cpasync.prefetch_descriptor(maps.k)
+            cpasync.prefetch_descriptor(maps.v)
         block, _, _ = cute.arch.block_idx()
         blocks, _, _ = cute.arch.grid_dim()
         heads = maps.m_k.shape[2]
         window = Window(values.window_left, values.window_right)
-        share = find_share(block // heads, blocks // heads, calls, window, config.tile_n)
+        share, drawn = find_share(block // heads, blocks // heads, calls, window, config.tile_n)
+        work = Work(calls, window, splits, heads, share, drawn)
+        cute.arch.sync_threads()  # after the first reads from memory, which take longer than the barriers
         if warp_index == WARPS:
-            cpasync.prefetch_descriptor(maps.k)
-            cpasync.prefetch_descriptor(maps.v)
-            self.load(maps, tensors, shared, tiles, calls, window, share, block % heads)
+            self.load(maps, tensors, shared, tiles, draws, work)
         else:
-            self.compute(tensors, shared, tiles, calls, window, values, cap, splits, share, block % heads, heads)
+            self.compute(tensors, shared, tiles, draws, work, values, cap)
 
     @cute.jit
-    def load(self, maps, tensors, shared, tiles, calls, window, share, head):
-        """The load warp. Waits on the tiles' empty barriers; TMA completes their full ones."""
-        config = self.config
-        at = tiles.start()
-        sequence, tile = share.sequence, share.tile
+    def load(self, maps, tensors, shared, tiles, draws, work):
+        """The load warp. Waits on the empty barriers of both rings; TMA completes the tiles' full ones."""
+        config, (calls, window, _, heads, share, drawn) = self.config, work
+        block, _, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
+        counter = cute.make_tensor(work.splits.arrivals.iterator + calls.batch * heads, cute.make_layout(2))
+        answer = Int32(0)
+        if drawn:
+            answer = ask(counter)
+        at, turn, head = tiles.start(), draws.start(), block % heads
+        sequence, tile, left = share
         keys = keys_of(sequence, calls, window, config.tile_n)
-        blocks = self._blocks(maps, tensors, calls, sequence, keys, tile)
-        for _ in cutlass.range(share.tiles, unroll=1):
+        numbers, looked = self._blocks(maps, tensors, calls, sequence, keys, tile), tile
+        boxes_of_tile = config.tile_n // config.box
+        while left > 0:
             tiles.acquire(at)
             with cute.arch.elect_one():
                 tiles.expect(at, config.slot_bytes)
             first = keys.pad + (keys.span.begin + tile) * config.tile_n
-            for r in cutlass.range_constexpr(config.tile_n // config.box):
-                row, number = first, blocks
+            for r in cutlass.range_constexpr(boxes_of_tile):
+                row, number = first, numbers
                 if const_expr(tensors.pages is not None):
                     row = (first + r * config.box) % self.calls.page_size
-                    number = cute.arch.shuffle_sync(blocks, r)
+                    number = cute.arch.shuffle_sync(numbers, (tile - looked) * boxes_of_tile + r)
                 self._bring(maps.k, maps.m_k, shared.k, head, number, row, r, tiles, at)
                 self._bring(maps.v, maps.m_v, shared.v, head, number, row, r, tiles, at)
             at = tiles.next(at)
             tile += 1
+            left -= 1
             if tile == keys.tiles:
                 tile = Int32(0)
                 sequence += 1
+                if drawn:
+                    item = blocks + cute.arch.shuffle_sync(answer, 0)
+                    draws.acquire(turn)
+                    with cute.arch.elect_one():
+                        shared.words[1 + turn.index] = item
+                        draws.publish(turn)
+                    turn = draws.next(turn)
+                    sequence, head = item // heads, item % heads
+                    left = share_of(sequence, calls, window, config.tile_n).tiles
+                    if left > 0:
+                        answer = ask(counter)
                 keys = keys_of(sequence, calls, window, config.tile_n)
-            blocks = self._blocks(maps, tensors, calls, sequence, keys, tile)
+            if tile == 0 or tile == looked + LANES // boxes_of_tile:
+                numbers, looked = self._blocks(maps, tensors, calls, sequence, keys, tile), tile
+        if drawn:
+            retire(counter, blocks)
 
     @cute.jit
     def _blocks(self, maps, tensors, calls, sequence, keys, tile):
-        """The batch element of a contiguous cache; of a paged one, the page of the lane's box of a tile. Clamped."""
+        """The batch element of a contiguous cache; of a paged one, the pages of the boxes from a tile on, one a lane.
+
+        Clamped.
+        """
         config = self.config
         sequence = cutlass.min(sequence, calls.batch - 1)
         number = sequence
         if const_expr(tensors.pages is not None):
-            box = cute.arch.lane_idx() % (config.tile_n // config.box)
-            key = (keys.span.begin + tile) * config.tile_n + box * config.box
+            key = (keys.span.begin + tile) * config.tile_n + cute.arch.lane_idx() * config.box
             key = cutlass.min(key, cutlass.max(keys.length - 1, 0))
             number = tensors.pages[sequence, key // self.calls.page_size]
         if const_expr(tensors.indices is not None):
@@ -313,9 +358,9 @@ class Decode:
         cute.copy(atom, t_g, t_s, tma_bar_ptr=tiles.full_barrier(at))
 
     @cute.jit
-    def compute(self, tensors, shared, tiles, calls, window, values, cap, splits, share, head, heads):
-        """A warp that computes. Waits on the tiles' full barriers and lets go of their slots."""
-        config = self.config
+    def compute(self, tensors, shared, tiles, draws, work, values, cap):
+        """A warp that computes. Waits on the full barriers of both rings and lets go of their slots."""
+        config, (calls, window, splits, heads, share, drawn) = self.config, work
         thread, _, _ = cute.arch.thread_idx()
         warp_index = cute.arch.make_warp_uniform(thread // 32)
         mma = cute.make_tiled_mma(
@@ -337,8 +382,9 @@ class Decode:
             cap=cap,
         )
         rows, of_row = calls.rows_q * self.group, config.row_threads
-        place = Place(head, thread // of_row, rows, thread % of_row * 4)
-        whole = self._nothing()
+        block, _, _ = cute.arch.block_idx()
+        place = Place(block % heads, thread // of_row, rows, thread % of_row * 4)
+        before, turn = self._nothing(), draws.start()
         sequence, tile, n_tiles = share
         keys = keys_of(sequence, calls, window, config.tile_n)
         # Whether an earlier team has the sequence's first chunks, and so this block's place among the parts.
@@ -360,21 +406,29 @@ class Decode:
                 self._fold_tile(state, shared, tiles, at, keys, window, calls.rows_q, keys.span.begin + tile + n)
             part = self._fold_warps(state, shared, warp_index, place)
             if inherited:
-                pair = Int64(sequence) * heads + head
+                pair = Int64(sequence) * heads + place.head
                 self._store_part(splits, calls.batch * heads, pair, ended, place, part)
             else:
-                self._fold(whole, part)
+                self._fold(before, part, True)
             done += count
             tile += count
             ended += 1
             fresh = tile == keys.tiles
             if fresh:
                 if not inherited:
-                    self._store_result(tensors, sequence, place, whole)
-                self._clear(whole)
+                    self._store_result(tensors, sequence, place, before)
+                self._clear(before)
                 inherited = False
                 tile, ended = Int32(0), Int32(0)
                 sequence += 1
+                if drawn:
+                    draws.wait(turn)
+                    item = shared.words[1 + turn.index]
+                    draws.release(turn)
+                    turn = draws.next(turn)
+                    sequence = item // heads
+                    place = Place(item % heads, *place[1:])
+                    n_tiles += share_of(sequence, calls, window, config.tile_n).tiles
                 keys = keys_of(sequence, calls, window, config.tile_n)
 
         # Sequences that this block shares with others: the one it began within, and the one it ended within.
@@ -384,7 +438,7 @@ class Decode:
             chunks = cute.ceil_div(first_keys.tiles, first_keys.chunk)
             self._arrive(tensors, shared, splits, calls, first_sequence, place, heads, arrived, chunks)
         if tile > 0 and n_tiles > 0 and not inherited:
-            self._store_part(splits, calls.batch * heads, Int64(sequence) * heads + head, Int32(0), place, whole)
+            self._store_part(splits, calls.batch * heads, Int64(sequence) * heads + place.head, Int32(0), place, before)
             chunks = cute.ceil_div(keys.tiles, keys.chunk)
             self._arrive(tensors, shared, splits, calls, sequence, place, heads, ended + ended * HELD, chunks)
 
@@ -488,14 +542,16 @@ class Decode:
         folded.row_sum.fill(0.0)
 
     @cute.jit
-    def _fold(self, whole, part):
-        """Folds a chunk into what came before it."""
+    def _fold(self, whole, part, exists):
+        """Folds a chunk, if there is one, into what came before it; without a branch, that folds may overlap."""
         highest = cute.arch.fmax(whole.pivot[0], part.pivot[0], nan=True)
         before, factor = rescale_factor(whole.pivot[0], highest), rescale_factor(part.pivot[0], highest)
         for at in cutlass.range_constexpr(cute.size(whole.out)):
-            whole.out[at] = _fma(part.out[at], factor, whole.out[at] * before)
-        whole.row_sum[0] = _fma(part.row_sum[0], factor, whole.row_sum[0] * before)
-        whole.pivot[0] = highest
+            out = _fma(part.out[at], factor, whole.out[at] * before)
+            whole.out[at] = out if exists else whole.out[at]
+        row_sum = _fma(part.row_sum[0], factor, whole.row_sum[0] * before)
+        whole.row_sum[0] = row_sum if exists else whole.row_sum[0]
+        whole.pivot[0] = highest if exists else whole.pivot[0]
 
     @cute.jit
     def _fold_warps(self, state, shared, warp_index, place):
@@ -570,16 +626,15 @@ class Decode:
         """Says that this block's parts are there; the last block to do so folds all, and stores the result."""
         pair = Int64(sequence) * heads + place.head
         thread, _, _ = cute.arch.thread_idx()
-        cute.arch.fence_acq_rel_gpu()
-        self._sync()
+        self._sync()  # what the block stored is released with this thread's addition
         if thread == 0:
             arrivals = splits.arrivals.iterator + pair
             news += cute.arch.atomic_add(arrivals, news, sem="acq_rel", scope="gpu")
-            shared.word[0] = news
+            shared.words[0] = news
             if news % HELD == chunks:
                 splits.arrivals[pair] = Int32(0)
         self._sync()
-        news = shared.word[0]
+        news = shared.words[0]
         self._sync()
         if news % HELD == chunks:
             whole = self._nothing()
@@ -603,8 +658,7 @@ class Decode:
                 read[j].pivot[0] = statistics[0]
                 read[j].row_sum[0] = statistics[1]
             for j in cutlass.range_constexpr(at_once):
-                if base + j < chunks:
-                    self._fold(whole, read[j])
+                self._fold(whole, read[j], base + j < chunks)
 
     @cute.jit
     def _store_result(self, tensors, sequence, place, whole):

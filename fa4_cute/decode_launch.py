@@ -19,6 +19,9 @@ from fa4_cute import kernels
 from fa4_cute.decode_config import MOST_PARTS, CacheKinds, parts_of, slots_of
 from fa4_cute.launch import architecture_of, values_of
 
+DRAWS = 2
+"""Counters behind the sequences' own; see `schedule.draw`."""
+
 
 class _Call(NamedTuple):
     """What calls of one signature share. values, sizes: the kernel's numbers before and after the length."""
@@ -56,7 +59,7 @@ def _call_of(problem: CacheProblem, with_lse: bool) -> _Call:
         values=values_of(attend),
         sizes=(problem.appended, problem.num_splits, slots_of(problem), _teams(attend.device, attend.heads_kv)),
         n_parts=parts_of(problem),
-        n_arrivals=attend.batch * attend.heads_kv,
+        n_arrivals=attend.batch * attend.heads_kv + DRAWS,
         wide_sink=wide_sink,
     )
 

@@ -5,6 +5,9 @@ by side in memory. The key tiles of all sequences stand in one row, cut into equ
 where the nearest chunk of tiles begins, and where chunks begin depends on nothing but the sequence's own length: each
 chunk has a softmax of its own, folded into the sequence's in order, so results depend neither on the batch nor on who
 computed what.
+
+Multiprocessors do not read equally fast, by a quarter on an H100. Where sequences are short beside a share (`DRAWN`),
+blocks therefore draw whole ones, as they get there, and all end at about the same time.
 """
 
 from __future__ import annotations
@@ -13,11 +16,14 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, const_expr
+from cutlass import Boolean, Int32, const_expr
 
 from fa4_cute.decode_config import MOST_CHUNKS, WARPS
 from fa4_cute.ranges import Span, Window, key_span
 from fa4_cute.schedule import LANES, sums
+
+DRAWN = 8
+"""How many of the longest sequence a share has to hold for sequences to be drawn: the last ones end within so much."""
 
 
 class Calls(NamedTuple):
@@ -56,6 +62,13 @@ class Share(NamedTuple):
 
 
 @cute.jit
+def share_of(sequence: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Share:
+    """The share that is one sequence; none past the last one."""
+    tiles = keys_of(sequence, calls, window, tile_n).tiles
+    return Share(sequence, Int32(0), tiles if sequence < calls.batch else Int32(0))
+
+
+@cute.jit
 def keys_of(sequence: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Keys:
     """The keys of a sequence; past the last one, those of the last. Clamped, whatever the device says."""
     length = calls.length
@@ -79,17 +92,37 @@ def keys_of(sequence: Int32, calls: Calls, window: Window, tile_n: cutlass.Const
 
 
 @cute.jit
-def find_share(team: Int32, teams: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Share:
-    """The share of a team; called by a whole warp, whose lanes look at 32 sequences at a time."""
+def find_share(
+    team: Int32, teams: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]
+) -> tuple[Share, Boolean]:
+    """The first share of a team, and whether it draws more of them; called by a whole warp.
+
+    Its lanes look at 32 sequences at a time.
+    """
     lane = cute.arch.lane_idx()
-    total = Int32(0)
+    total, longest = Int32(0), Int32(0)
     for base in cutlass.range(0, calls.batch, LANES, unroll=1):
         tiles = keys_of(base + lane, calls, window, tile_n).tiles
         total += tiles if base + lane < calls.batch else Int32(0)
+        longest = cutlass.max(longest, tiles)
     for distance in (16, 8, 4, 2, 1):
         total += cute.arch.shuffle_sync_bfly(total, distance)
-    first = Int32(Int64(total) * team // teams)
-    last = Int32(Int64(total) * (team + 1) // teams)
+    longest = cute.arch.warp_reduction_max(longest)
+    each, left = total // teams, total % teams
+    share = share_of(team, calls, window, tile_n)
+    drawn = longest <= each // DRAWN
+    if not drawn:
+        # total * team // teams, without a product of more than 32 bits.
+        first = each * team + left * team // teams
+        last = each * (team + 1) + left * (team + 1) // teams
+        share = _between(first, last, calls, window, tile_n)
+    return share, drawn
+
+
+@cute.jit
+def _between(first: Int32, last: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Share:
+    """The share between the chunks that begin nearest to two places in the row of all tiles; by a whole warp."""
+    lane = cute.arch.lane_idx()
     counted = Int32(0)
     first_sequence, before_first, last_sequence, before_last = Int32(0), Int32(0), Int32(0), Int32(0)
     for base in cutlass.range(0, calls.batch, LANES, unroll=1):

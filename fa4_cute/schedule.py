@@ -146,14 +146,20 @@ def start(schedule: Schedule) -> Place:
 
 @cute.jit
 def draw(counter: cute.Tensor, programs: Int32) -> Int32:
-    """One warp draws its block's next index, after the first `programs` ones; the counter answers in about 1 us.
+    """One warp draws its block's next index, after the first `programs` ones."""
+    return programs + cute.arch.shuffle_sync(ask(counter), 0)
+
+
+@cute.jit
+def ask(counter: cute.Tensor) -> Int32:
+    """How many indices `draw` has given away, with this one taken, in a warp's first lane: it comes in about 1 us.
 
     counter: int32 (2,), zeros between launches: indices given away, and blocks that are done.
     """
-    index = Int32(0)
+    answer = Int32(0)
     if cute.arch.lane_idx() == 0:
-        index = programs + cute.arch.atomic_add(counter.iterator, Int32(1), sem="relaxed", scope="gpu")
-    return cute.arch.shuffle_sync(index, 0)
+        answer = cute.arch.atomic_add(counter.iterator, Int32(1), sem="relaxed", scope="gpu")
+    return answer
 
 
 @cute.jit

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("cutlass") is None, reason="needs the package nvidia-cutlass-dsl"
-)
+pytest.importorskip("cutlass", reason="needs the package nvidia-cutlass-dsl")
 dispatch = pytest.importorskip("dispatch", reason="run from the repository's root")
 
 from fa4_core import kvcache  # noqa: E402
 from fa4_core.checks import compare, expected  # noqa: E402
+from fa4_cute.decode_shares import DRAWN  # noqa: E402
 
 from .cute_backend import emulated_cute_decode  # noqa: E402
 from .test_decode import draw, paged, require, wild_places  # noqa: E402
@@ -111,6 +108,20 @@ def test_a_row_depends_on_its_own_sequence_alone_bit_for_bit():
         mine = [t[b : b + 1] for t in tensors]
         alone = run(mine, {**options, "cache_seqlens": options["cache_seqlens"][b : b + 1]}, programs=8)
         assert all(torch.equal(a[0], t[b]) for a, t in zip(alone, together)), b
+
+
+@pytest.mark.parametrize("kinds", ["plain-128-gqa", "page-16-64-causal-sink"])
+def test_many_short_sequences_are_drawn_and_give_the_same_bits(kinds):
+    """On few multiprocessors, of which each has many sequences to do, against one share for each of many."""
+    lengths = [(17 * b) % 130 for b in range(37)]
+    tensors, options, dense, plain = call_of(KINDS[kinds], lengths, 1, 3)
+    tiles = [max(1, -(-n // 64)) for n in lengths]
+    results = []
+    for programs, drawn in ((2, True), (5, True), (60, False)):
+        assert (max(tiles) <= sum(tiles) // (programs // 2) // DRAWN) is drawn
+        results.append(run(tensors, options, programs=programs, seed=programs))
+    require(*results[0], expected(*dense, **plain))
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0]))
 
 
 def test_splits_that_are_asked_for_equal_the_whole():
