@@ -105,13 +105,12 @@ def find_share(
         tiles = keys_of(base + lane, calls, window, tile_n).tiles
         total += tiles if base + lane < calls.batch else Int32(0)
         longest = cutlass.max(longest, tiles)
-    for distance in (16, 8, 4, 2, 1):
-        total += cute.arch.shuffle_sync_bfly(total, distance)
-    longest = cute.arch.warp_reduction_max(longest)
+    total, longest = cute.arch.warp_redux_sync(total, "add"), cute.arch.warp_redux_sync(longest, "max")
     each, left = total // teams, total % teams
-    share = share_of(team, calls, window, tile_n)
-    drawn = longest <= each // DRAWN
-    if not drawn:
+    share, drawn = Share(team, Int32(0), Int32(0)), longest <= each // DRAWN
+    if drawn:
+        share = share_of(team, calls, window, tile_n)
+    else:
         # total * team // teams, without a product of more than 32 bits.
         first = each * team + left * team // teams
         last = each * (team + 1) + left * (team + 1) // teams

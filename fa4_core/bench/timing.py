@@ -17,10 +17,11 @@ import torch
 CALLS = 20
 """Calls in one measurement. Their launches must stay well under the device's queue (1024), or the host would wait."""
 WARMUP_CALLS = 3
-REST = 3.0
+REST = 6.0
 """How long the device rests before a measurement, over how long the last one took. Large products draw an H100 to its
 power limit, which takes its clock from 1980 to some 1550 MHz and lets a kernel's time depend on what ran before: the
-same calls spread over 10 % without the rest, and over 1 % with it, at 1980 MHz."""
+same calls spread over 10 % without the rest. With a rest of 3 they spread over 1 %, but for those of some 50 ms a
+measurement (16k), which still did over 3 %."""
 
 Call = Callable[[], object]
 MakeCall = Callable[[], Call]
