@@ -59,22 +59,28 @@ class Recorder:
 
 
 def record(arguments: list[str], out: Path) -> int:
-    """Runs pytest with `arguments`, writes the record to `out`, and returns pytest's exit status."""
+    """Runs pytest with `arguments`, writes the record to `out`, and returns pytest's exit status.
+
+    A run that is interrupted leaves a record, too, of the tests that ended; its exit status says so.
+    """
     recorder = Recorder()
     started = time.monotonic()
-    status = int(pytest.main(arguments, plugins=[recorder]))
-    content = {
-        **environment(default_device()),
-        "driver": driver(),
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "pytest": arguments,
-        "exit_status": status,
-        "seconds": round(time.monotonic() - started, 1),
-        **recorder.summary(),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    status = int(pytest.ExitCode.INTERRUPTED)
+    try:
+        status = int(pytest.main(arguments, plugins=[recorder]))
+    finally:
+        content = {
+            **environment(default_device()),
+            "driver": driver(),
+            "commit": commit(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "pytest": arguments,
+            "exit_status": status,
+            "seconds": round(time.monotonic() - started, 1),
+            **recorder.summary(),
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(content, indent=1) + "\n")
     return status
 
 
