@@ -93,8 +93,13 @@ def deallocate(i, program):
             return split
         if blocked := unconverged(i, frame, mask, None):
             return blocked
-        start = frame.scalar(i.operands[0], mask, i.line) & 0xFFFF
-        frame.cta.tmem.release(start, frame.scalar(i.operands[1], mask, i.line), i.line)
+        start, columns = frame.scalar(i.operands[0], mask, i.line) & 0xFFFF, frame.scalar(i.operands[1], mask, i.line)
+        frame.cta.tmem.release(start, columns, i.line)
+        if frame.machine.check_races:  # whoever still works there races with it
+            warp, shadow = frame.warps[0], frame.cta.tmem_shadow
+            slot = np.array([warp.id])
+            cells = shadow.cells(np.arange(0, 128, 16)[:, None], start + np.arange(columns))[None]
+            shadow.write(cells, slot, warp.clock[slot], warp.clock[None], i.line, "tcgen05.dealloc", True)
         frame.machine.dirty = True
 
     return execute
