@@ -139,7 +139,7 @@ class Recorder(machine.Machine):
 
     def __init__(self, program, *args, **options) -> None:
         chosen = options.pop("schedule", None) or machine.Schedule.from_seed(0)
-        options["schedule"] = replace(chosen, quantum=1, together=False, spurious=0.0, asynchrony="eager")
+        options["schedule"] = replace(chosen, quantum=1, together=False, spurious=0.0, asynchrony="eager", late=0.0)
         super().__init__(program, *args, **options)
         self.made = itertools.count()
         self.graph = Graph(program)

@@ -7,7 +7,8 @@ meet at one instruction join again. `Schedule.together` turns joining across war
 own, which other seeds use to reach more interleavings.
 
 Asynchronous work (bulk copies, MMAs, cp.async) is queued as closures. A scheduler draws, from the seed, whether
-warps or agents move next. Every drawn order is one that hardware may show.
+warps or agents move next, which copy ends first, and which are put off until most else has happened. Every drawn order
+is one that hardware may show.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ _WITHOUT_CONSEQUENCE = (
     "setmaxnreg",
 )
 
+LATEST = 500
+"""Scheduler steps, at most, for which a copy is put off while something else can move."""
+
 EXIT = object()
 SPLIT = object()
 
@@ -64,7 +68,8 @@ class Schedule:
 
     asynchrony: "eager" completes asynchronous work as soon as it can, "lazy" only when no warp can run, "random" mixes.
     quantum: nodes a group executes before another may run. together: whether warps at one instruction run as one.
-    spurious: probability that `try_wait` reports false though it need not.
+    spurious: probability that `try_wait` reports false though it need not. late: probability that a copy is put off
+    when its turn comes, so that copies issued long after it may end before.
     """
 
     seed: int
@@ -73,13 +78,15 @@ class Schedule:
     p_async: float
     together: bool
     spurious: float
+    late: float
 
     @classmethod
     def from_seed(cls, seed: int) -> Schedule:
         rng = random.Random(seed)
         asynchrony = ("random", "lazy", "eager", "random")[seed % 4]
         return cls(seed, asynchrony, rng.choice((4, 20, 60)) if seed else 40, rng.choice((0.05, 0.3, 0.7)),
-                   together=seed % 8 != 5, spurious=0.05 if seed % 3 == 2 else 0.0)  # fmt: skip
+                   together=seed % 8 not in (2, 5), spurious=0.05 if seed % 3 == 2 else 0.0,
+                   late=rng.choice((0.05, 0.2, 0.5)))  # fmt: skip
 
 
 class Warp:
@@ -362,7 +369,10 @@ class Cluster:
         self.actors = Actors(warps, len(self.shape_ranks))
         self.clocks = np.zeros((warps, self.actors.count), np.int32)
         self.async_clocks = np.zeros((warps, self.actors.count), np.int32)
-        self.loose: list[Callable[[], bool]] = []
+        # Work that may move in any order. It answers True when it is over, False when there is more of it to do, and
+        # None when it cannot move yet. `late`: what is put off, with the step until which it is.
+        self.loose: list[Callable[[], bool | None]] = []
+        self.late: list[tuple[int, Callable[[], bool | None]]] = []
         # What warps learned of other clusters through global memory: (warp's slot, its clock then, clocks by cluster).
         self.acquired: list[tuple[int, int, dict]] = []
         self.barrier = Rendezvous(machine, self.actors.count)
@@ -374,10 +384,23 @@ class Cluster:
 
     @property
     def finished(self) -> bool:
-        return not any(c.groups for c in self.ctas) and not self.has_async()
+        return not any(c.groups for c in self.ctas) and not self.late and not self.has_async()
 
     def has_async(self) -> bool:
+        """Whether asynchronous work may move, rather than none or what is put off."""
         return bool(self.loose) or any(self.pipes)
+
+    def put_off(self, work: Callable[[], bool | None]) -> None:
+        self.loose.remove(work)
+        self.late.append((self.machine.steps + self.machine.rng.randrange(LATEST), work))
+
+    def take_back(self, at: int) -> None:
+        self.loose.append(self.late.pop(at)[1])
+
+    def take_back_due(self) -> None:
+        for at in reversed(range(len(self.late))):
+            if self.late[at][0] <= self.machine.steps:
+                self.take_back(at)
 
     def locate(self, address: int, size: int, line: int) -> tuple[Cta, int]:
         """The CTA and byte offset of a shared::cluster address. Raises `OutOfBounds`."""
@@ -504,8 +527,15 @@ class Machine:
             if self.dirty:
                 self._poll()
             ready = [g for cluster in self.clusters for c in cluster.ctas for g in c.groups if g.blocked is None]
+            for cluster in self.clusters:
+                cluster.take_back_due()
             busy = [c for c in self.clusters if c.has_async()]
             if not ready and not busy:
+                late = [c for c in self.clusters if c.late]
+                if late:
+                    cluster = rng.choice(late)
+                    cluster.take_back(rng.randrange(len(cluster.late)))
+                    continue
                 finished = [c for c in self.clusters if c.finished]
                 if finished:
                     for cluster in finished:
@@ -516,18 +546,18 @@ class Machine:
                 raise Deadlock(self._who_waits())
             if busy and (not ready or schedule.asynchrony == "eager"
                          or (schedule.asynchrony == "random" and rng.random() < schedule.p_async)):  # fmt: skip
-                self._advance_async(rng.choice(busy))
-                continue
-            group = self._choose(ready)
-            self.steps += 1
-            if self.steps > self.max_steps:
-                raise Livelock(f"no end after {self.max_steps} steps\n{self._who_waits()}")
-            self._step(group)
-            if len(self.clusters) > 1 or self.waiting:
-                done = next((c for c in self.clusters if c is group.cta.cluster and c.finished), None)
-                if done:
-                    self._end(done)
-                    return
+                moved = rng.choice(busy)
+                self._advance_async(moved)
+            else:
+                group = self._choose(ready)
+                moved = group.cta.cluster
+                self.steps += 1
+                if self.steps > self.max_steps:
+                    raise Livelock(f"no end after {self.max_steps} steps\n{self._who_waits()}")
+                self._step(group)
+            if (len(self.clusters) > 1 or self.waiting) and moved.finished:
+                self._end(moved)
+                return
 
     def _end(self, cluster: Cluster) -> None:
         self.clusters.remove(cluster)
@@ -575,8 +605,14 @@ class Machine:
         if isinstance(pick, deque):
             pick.popleft()()
             self.dirty = True
-        elif pick():
-            cluster.loose.remove(pick)
+        elif self.rng.random() < self.schedule.late:
+            cluster.put_off(pick)
+        else:
+            over = pick()
+            if over:
+                cluster.loose.remove(pick)
+            elif over is None:
+                cluster.put_off(pick)
 
     def _step(self, group: Group) -> None:
         nodes, cta, executed = self.program.nodes, group.cta, self.executed

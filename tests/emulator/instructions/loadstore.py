@@ -537,7 +537,7 @@ def arrive_after_copies(i, program):
 
             def arrive(ops=ops, barrier=barrier, count=count, clock=clock, proxy=proxy):
                 if not all(op.done for op in ops):
-                    return False
+                    return None
                 barrier.arrive(count, clock, proxy, i.line)
                 machine.dirty = True
                 return True
