@@ -164,11 +164,22 @@ class Shadow:
 
 
 class SharedShadow(Shadow):
-    """Shadow of a CTA's shared memory; a cell is the smallest access of the program."""
+    """Shadow of a CTA's shared memory; a cell is the smallest access of the program. `barriers` marks the cells of live
+    mbarriers, which nothing but mbarrier operations may write before mbarrier.inval (PTX ISA 9.7.13.15)."""
 
     def __init__(self, size: int, cell_bytes: int, actors: Actors, log: RaceLog, name: str) -> None:
         super().__init__(-(-size // cell_bytes), actors, log, name)
         self.cell_bytes = cell_bytes
+        self.barriers = np.zeros(len(self.writer), bool)
+
+    def write(self, cells, slots, clocks, seen, line: int, what: str, generic: bool, same_value=None,
+              atomic: bool = False) -> None:  # fmt: skip
+        live = self.barriers[cells]
+        if live.any():
+            cell = int(cells[live][0])
+            self.log.add("live mbarrier overwritten", line, cell,
+                         f"line {line} {what} writes {self._at(cell)}, of an mbarrier not invalidated")  # fmt: skip
+        super().write(cells, slots, clocks, seen, line, what, generic, same_value, atomic)
 
     def _at(self, cell: int) -> str:
         return f"{self.name} byte 0x{cell * self.cell_bytes:x}"

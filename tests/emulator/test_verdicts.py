@@ -244,6 +244,63 @@ def test_cp_async_is_visible_only_after_its_wait():
             run(body.format(wait="cp.async.wait_group 1;"), [data], threads=32, seed=seed)
 
 
+REUSE = """mov.b32 %r1, smem; add.s32 %r2, %r1, 64; add.s32 %r3, %r1, 128; ld.param.b64 %d1, [p0];
+setp.eq.u32 %p1, %t, 0; @%p1 mbarrier.init.shared::cta.b64 [%r1], {count}; @%p1 mbarrier.init.shared::cta.b64 [%r2], 1;
+fence.mbarrier_init.release.cluster; bar.sync 0; {used} @%p1 {inval} fence.proxy.async.shared::cta; bar.sync 0;
+@%p1 {write}"""
+BULK = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{to}], [%d1], 16, [%r2];"
+WRITES = {
+    "st.shared.b32 [{to}+4], 0;": "st writes",
+    "atom.shared.add.u32 %r4, [{to}], 1;": "atom writes",
+    "cp.async.ca.shared.global [{to}], [%d1], 8; cp.async.wait_all;": "cp.async writes",
+    "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r2], 16; @%p1 " + BULK: "bulk load writes",
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("write", WRITES)
+def test_the_memory_of_an_mbarrier_is_free_only_when_it_is_invalidated(write, seed):
+    """PTX ISA 9.7.13.15. Seen on an H100: barriers that a compiler left live below a tile of K gave NaN."""
+    inval = "mbarrier.inval.shared::cta.b64 [%r1];"
+    data = np.zeros(4, np.uint32)
+
+    def go(to: str, inval: str) -> None:
+        run(REUSE.format(count=2, used="", inval=inval, write=write.format(to=to)), [data], seed=seed)
+
+    with pytest.raises(RaceError, match=f"live mbarrier overwritten: .*{WRITES[write]} .* byte 0x40[04]"):
+        go("%r1", "nanosleep.u32 0;")
+    go("%r1", inval)
+    go("%r3", "nanosleep.u32 0;")
+
+
+@pytest.mark.parametrize(
+    ("count", "used", "error"),
+    [
+        (1, "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];", BarrierMisuse),
+        (2, "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];", BarrierMisuse),
+        (2, "", BarrierMisuse),
+        (1, "", RaceError),
+    ],
+)
+def test_an_mbarrier_is_initialised_again_only_when_it_is_invalidated(count, used, error):
+    """PTX ISA 9.7.13.15: also one that nothing has used, by the same count; that alone is a kind to tolerate."""
+    again = "mbarrier.init.shared::cta.b64 [%r1], 1;"
+    for seed in SEEDS:
+        body = {"count": count, "used": used, "write": again}
+        with pytest.raises(error, match="mbarrier 0x400 of CTA 0 is initialised again while it is live"):
+            run(REUSE.format(**body, inval="nanosleep.u32 0;"), [np.zeros(4, np.uint32)], seed=seed)
+        inval = "mbarrier.inval.shared::cta.b64 [%r1];"
+        run(REUSE.format(**body, inval=inval), [np.zeros(4, np.uint32)], seed=seed)
+
+
+def test_what_follows_an_inval_is_ordered_behind_it():
+    body = REUSE.format(count=1, used="", inval="mbarrier.inval.shared::cta.b64 [%r1];", write="nanosleep.u32 0;")
+    store = "setp.eq.u32 %p2, %t, 32; @%p2 st.shared.b32 [%r1], 7;"
+    run(body + store, [np.zeros(4, np.uint32)])
+    with pytest.raises(RaceError, match=r"write-after-write race|live mbarrier overwritten"):
+        run(body.replace("bar.sync 0;\n@%p1 nano", "@%p1 nano") + store, [np.zeros(4, np.uint32)])
+
+
 def test_coverage_lists_what_never_ran():
     result = run("setp.gt.u32 %p1, %t, 999; @!%p1 bra DONE; mov.b32 %r1, smem; st.shared.b32 [%r1], 0; DONE:")
     assert [line.split(": ")[1] for line in result.not_executed()] == ["st.shared.b32 [%r1], 0"]

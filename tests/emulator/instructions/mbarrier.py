@@ -9,6 +9,8 @@ from ..errors import BarrierMisuse, EmulatorError
 from ..ptx import Mem, Sink
 from . import handles, unsupported
 
+INITIALISED_AGAIN = "mbarrier initialised again"
+
 
 def barrier_at(frame, address: int, line: int):
     """The live mbarrier at a shared address. Raises `BarrierMisuse`."""
@@ -55,10 +57,21 @@ def init_fence(i, program):
     return execute
 
 
+def _mark(cta, offset: int, warp, line: int, what: str, live: bool) -> None:
+    """Race bookkeeping where an mbarrier is made or unmade: while it is live its memory serves for nothing else."""
+    if cta.machine.check_races:
+        shadow, slot = cta.shared_shadow, np.array([warp.id])
+        cells = shadow.spans(np.array([[offset]]), 8)
+        shadow.barriers[cells] = False
+        shadow.write(cells, slot, warp.clock[slot], warp.clock[None], line, what, True)
+        shadow.barriers[cells] = live
+
+
 @handles("mbarrier.init")
 def init(i, program):
     def execute(frame, mask):
         machine = frame.machine
+        made: set = set()
         for lane in frame.active_lanes(mask):
             address = frame.lane_scalar(i.operands[0].items[0], lane)
             count = frame.lane_scalar(i.operands[1], lane)
@@ -69,8 +82,12 @@ def init(i, program):
                 raise BarrierMisuse(f"line {i.line}: mbarrier at misaligned 0x{offset:x}")
             old = cta.mbarriers.get(offset)
             warp = frame.lane_warp(lane)
-            if old is not None and not (old.owner is warp and old.phase == 0 and old.pending == old.count == count):
-                raise BarrierMisuse(f"line {i.line}: {old} is initialised again while it is live")
+            if old is not None:
+                again = f"line {i.line}: {old} is initialised again while it is live"
+                if not (old.owner is warp and old.phase == 0 and old.pending == old.count == count):
+                    raise BarrierMisuse(again)
+                if old not in made and machine.check_races:  # lanes of a warp may say the same at once
+                    machine.races.add(INITIALISED_AGAIN, i.line, offset, again + ", though nothing has used it")
             slot = cta.mbarrier_slots.get(offset)
             if slot is None:
                 slot = frame.cluster.actors.new_mbarrier(f"mbarrier 0x{offset:x} of CTA {cta.rank}")
@@ -79,13 +96,9 @@ def init(i, program):
             # A slot outlives its barrier when the memory is reused: stamps must keep rising.
             barrier.stamp_base = cta.mbarrier_stamps.get(offset, 0)
             cta.mbarriers[offset] = barrier
+            made.add(barrier)
             machine.barrier_uses.setdefault(i.line, set()).add((offset, 0))
-            if machine.check_races:
-                cells = cta.shared_shadow.spans(np.array([[offset]]), 8)
-                slots = np.array([warp.id])
-                cta.shared_shadow.write(
-                    cells, slots, warp.clock[slots], warp.clock[None], i.line, "mbarrier.init", True
-                )
+            _mark(cta, offset, warp, i.line, "mbarrier.init", live=True)
 
     return execute
 
@@ -97,6 +110,7 @@ def invalidate(i, program):
         barrier = barrier_at(frame, frame.lane_scalar(i.operands[0].items[0], lane), i.line)
         barrier.cta.mbarrier_stamps[barrier.offset] = barrier.stamp_base + barrier.phase + 1
         del barrier.cta.mbarriers[barrier.offset]
+        _mark(barrier.cta, barrier.offset, frame.lane_warp(lane), i.line, "mbarrier.inval", live=False)
 
     return execute
 
