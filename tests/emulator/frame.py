@@ -83,7 +83,7 @@ class Frame:
             base = self.shared_base if operand.space == "shared" else 0
             return np.full(self.lanes, base + operand.offset, dtype)
         if isinstance(operand, Param):
-            return np.full(self.lanes, PARAM_WINDOW + operand.offset, dtype)
+            return np.full(self.lanes, PARAM_WINDOW + operand.offset, np.uint64).astype(dtype)
         raise EmulatorError(f"operand {operand!r}")
 
     def write(self, operand, values, mask) -> None:

@@ -440,11 +440,11 @@ def _generic_address(i: Instruction):
     to_space = i.parts[1] == "to"
     space = i.parts[2 if to_space else 1].split("::")[0]
     dtype = DTYPE[i.type]
-    if space == "global" or (space == "param" and isinstance(i.operands[1], Reg)):
+    if space == "global":
         return _one(i, "{0}", dtype)
+    if space == "param" and not to_space:  # a parameter's address is generic already, unless it came through 32 bits
+        return _one(i, f"{{0}}|u8({PARAM_WINDOW})", dtype)
     window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}.get(space)
     if window is None:
         return None
-    if space == "param":
-        return _one(i, "{0}", dtype)
     return _one(i, f"{{0}}{'-' if to_space else '+'}u8({window})", dtype)

@@ -165,7 +165,7 @@ class _Emitter:
                 return f"{dtype}(F.shared_base+{first.offset})"
             return f"{dtype}({first.offset})"
         if isinstance(first, Param):
-            return self.constant(_NUMPY[dtype](PARAM_WINDOW + first.offset))
+            return self.literals([Imm(PARAM_WINDOW + first.offset)], dtype)
         if isinstance(first, Sum):
             base = self.source([op._replace(sources=((op.sources[position][0].base, dtype),)) for op in members], 0)
             return f"({base}+{self.literals([Imm(o.offset) for o in operands], dtype)})"

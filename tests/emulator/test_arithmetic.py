@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from . import lanes
-from .kernels import elementwise
+from .kernels import elementwise, kernel
+from .launcher import launch
 
 N = 64
 RNG = np.random.default_rng(7)
@@ -367,6 +368,23 @@ def test_predicated_code_writes_only_chosen_lanes():
         i,
     )
     np.testing.assert_array_equal(got, np.where(i < 0, 5, 3))
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "mov.b64 %d2, p1; ld.param.b64 %d3, [%d2];",
+        "mov.b64 %d2, p1; cvta.param.u64 %d2, %d2; ld.b64 %d3, [%d2];",
+        "mov.b32 %r1, p1; cvt.u64.u32 %d2, %r1; cvta.param.u64 %d2, %d2; ld.b64 %d3, [%d2];",
+        "mov.b32 %r1, p1; ld.param.b64 %d3, [%r1];",
+        "cvta.param.u64 %d2, p1; cvta.to.param.u64 %d2, %d2; ld.param.b64 %d3, [%d2];",
+    ],
+)
+def test_a_parameters_address_is_generic_or_in_its_space_of_32_bits(way):
+    """PTX ISA 9.7.9.20 (cvta). Triton 3.9 takes the address of a tensor map in 32 bits."""
+    out = np.zeros(1, np.uint64)
+    launch(kernel(2, f"{way} ld.param.b64 %d1, [p0]; st.global.b64 [%d1], %d3;"), 1, 32, [out, 2**40 + 7])
+    assert out[0] == 2**40 + 7
 
 
 def test_long_unrolled_code_is_not_reordered_across_dependences():

@@ -185,7 +185,7 @@ def load(i, program):
             else:
                 raw = frame.machine.memory.load(addresses, size, i.line)
         elif where == "param":
-            offsets = addresses if space == "generic" else addresses - np.uint64(PARAM_WINDOW)
+            offsets = addresses & np.uint64(PARAM_WINDOW - 1)
             raw = frame.machine.params[offsets[:, None].astype(np.int64) + np.arange(size)]
         elif where == "local":
             raw = _local(frame, lanes, addresses, size, i)
