@@ -216,8 +216,9 @@ def wgmma(i, program):
                 left = left.reshape(-1, k)
             else:
                 left = decode_elements(memory[a_index], a_type)
-            product = left @ (-right.T if negate_a != negate_b else right.T)
-            product = product.reshape(warps, 16, n)
+            # In float64, for bits of a float32 product depend on how many warps are joined here.
+            product = np.matmul(left, -right.T if negate_a != negate_b else right.T, dtype=np.float64)
+            product = product.astype(np.float32).reshape(warps, 16, n)
             if accumulate:
                 product += read_accumulator(part.W[d], accumulator, n)
             part.W[d] = write_accumulator(product, accumulator)
