@@ -38,7 +38,8 @@ def shares(target, lengths, teams):
     used = torch.tensor(lengths, dtype=torch.int32, device=target.device)
     out = torch.full((teams, 4), -1, dtype=torch.int32, device=target.device)
     rows = Rows(None, None, used, None, None, None, None, len(lengths), 1, ROOM, 1, 0, 0)
-    deal[(teams,)](rows, Values(1.0, None, None, None, 0.0), Splits(None, None, 32, 0), out, TILE_N)
+    values = Values(1.0, None, None, None, 0.0, None)  # a string is no kernel's argument
+    deal[(teams,)](rows, values, Splits(None, None, 32, 0), out, TILE_N)
     return out.tolist()
 
 
