@@ -513,6 +513,18 @@ def test_the_readme_shows_the_recorded_results():
     assert shown == chart_script.section(Results.load(RESULTS), chart_script.PICTURE, chart_script.ROOT / "README.md")
 
 
+def test_every_way_to_read_a_cache_is_a_kernel_that_assembles(tmp_path):
+    """It runs on a GPU alone."""
+    nvidia = pytest.importorskip("triton.backends.nvidia", reason="needs triton, for ptxas")
+    from benchmarks.cache_reads import VARIANTS, ptx
+
+    for variant in VARIANTS:
+        (tmp_path / "reads.ptx").write_text(ptx(variant))
+        command = [Path(nvidia.__file__).parent / "bin" / "ptxas", "-arch=sm_90a", "-o", os.devnull, "reads.ptx"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, (variant, done.stderr)
+
+
 def test_the_record_of_a_test_run_says_what_passed_failed_and_was_skipped(tmp_path):
     """In a process of its own: pytest inside pytest would share its plugins and modules."""
     (tmp_path / "test_sample.py").write_text(
