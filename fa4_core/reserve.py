@@ -15,19 +15,17 @@ class Reserve:
 
     Zeroing them in the graph would cost every replay some 2 microseconds a launch. They are made outside of captures,
     `room` of them ahead, and never given back: a graph's launch holds its counters for as long as the graph may live.
+
+    is_low: whether `fill` would make new ones; kept up to date, since every launch asks.
     """
 
     def __init__(self, device: torch.device, room: int) -> None:
         self.room = room
+        self.is_low = True
         self._device = device
         self._kept: list[Tensor] = []
         self._lock = threading.Lock()
         self.free = torch.empty(0, dtype=torch.int32, device=device)
-
-    @property
-    def is_low(self) -> bool:
-        """Whether `fill` would make new counters."""
-        return self.free.numel() < self.room // 2
 
     def fill(self) -> None:
         """Makes new counters where few are left. What was taken before stays: a graph has nothing but its address."""
@@ -35,6 +33,7 @@ class Reserve:
             if self.is_low:
                 self.free = make_lasting(self._zeros, self._device)
                 self._kept.append(self.free)
+                self.is_low = False
 
     def _zeros(self) -> Tensor:
         zeros = torch.zeros(self.room, dtype=torch.int32, device=self._device)
@@ -49,4 +48,5 @@ class Reserve:
             if n > self.free.numel():
                 return None
             taken, self.free = self.free[:n], self.free[n:]
+            self.is_low = self.free.numel() < self.room // 2
             return taken
