@@ -133,6 +133,19 @@ def test_splits_that_are_asked_for_equal_the_whole():
         torch.testing.assert_close(out, whole, rtol=2e-2, atol=2e-3)
 
 
+def test_no_warp_waits_two_laps_ahead_in_the_ring_of_tiles():
+    """One long chunk, so that no warp ever waits for another: four laps of the ring, in copies that end out of turn.
+
+    A parity tells laps apart by twos. A warp that waited for its tile alone, and not for the one before it in its slot,
+    took an older copy for its own under 6 of these 8 schedules.
+    """
+    tensors, options, dense, plain = call_of({"dim": 128, "group": 4}, [1500], 1, 0)
+    want = expected(*dense, **plain)
+    for seed in range(8):
+        out, lse = run(tensors, {**options, "num_splits": 1}, programs=2, seed=seed)
+        require(out, lse, want)
+
+
 @pytest.mark.parametrize("where", ["rows", "leftpad", "pages"])
 def test_no_wild_length_or_index_leads_out_of_the_tensors(where, monkeypatch):
     """What memcheck would say of the compiled kernel: here no memory exists but that of the arguments."""
