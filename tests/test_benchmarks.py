@@ -496,6 +496,13 @@ def test_the_readmes_tables_are_written_between_the_markers(sample, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_tables_follow_the_suite_and_not_the_runs_that_filled_them():
+    rows = [{"suite": "decode", "case": "own", "name": "cute", "gb_per_s": 1.0}]
+    rows += [{"suite": "decode", "case": case.name, "name": "cute", "gb_per_s": 2.0} for case in SUITES["decode"][::-1]]
+    shown = list(report.pivot(rows, "decode", "gb_per_s").index)
+    assert shown == [*(case.name for case in SUITES["decode"]), "own"]
+
+
 def test_a_readme_without_markers_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(ValueError, match="<!-- results -->"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from fa4_core.bench.cases import Case
+from fa4_core.bench.cases import SUITES, Case
 from fa4_core.bench.contestants import RACE
 from fa4_core.bench.harness import Row
 from fa4_core.bench.results import Results
@@ -53,12 +53,16 @@ OURS = ("cute", "triton")
 
 
 def pivot(rows: Iterable[Row], suite: str, metric: str) -> pd.DataFrame:
-    """One line a case, one column a contestant, in the order of the file and of the race; cells of `metric`."""
+    """One line a case, one column a contestant, in the order of the suite and of the race; cells of `metric`.
+
+    Cases that are not the suite's come last, in the order of the file.
+    """
     measured = [row for row in rows if row["suite"] == suite and metric in row]
-    cases = dict.fromkeys(row["case"] for row in measured)
+    places = {case.name: place for place, case in enumerate(SUITES.get(suite, ()))}
+    cases = sorted(dict.fromkeys(row["case"] for row in measured), key=lambda name: places.get(name, len(places)))
     present = {row["name"] for row in measured}
     names = [name for name in RACE if name in present] + sorted(present - set(RACE))
-    table = pd.DataFrame(math.nan, index=list(cases), columns=names)
+    table = pd.DataFrame(math.nan, index=cases, columns=names)
     for row in measured:
         table.loc[row["case"], row["name"]] = row[metric]
     return table
@@ -163,7 +167,7 @@ def write_between(path: Path, name: str, content: str) -> None:
 
 
 def chart(results: Results, path: Path) -> None:
-    """Writes a picture of the forward and backward rates, one panel for each suite, head dimension and mask."""
+    """Writes a picture of the forward and backward rates, one panel for each suite, head dimension, group and mask."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -173,12 +177,10 @@ def chart(results: Results, path: Path) -> None:
     for suite in ("forward", "backward"):
         table = pivot(results.rows, suite, "tflops")
         parsed = {name: Case.parse(name) for name in table.index}
-        for kind in dict.fromkeys((case.head_dim, case.causal) for case in parsed.values() if case.window is None):
-            names = [n for n, c in parsed.items() if (c.head_dim, c.causal) == kind and c.window is None]
-            mask = "causal" if kind[1] else "full"
-            panels[f"{suite}, head_dim {kind[0]}, {mask}"] = table.loc[names].rename(
-                index={name: parsed[name].seqlen_q for name in names}
-            )
+        panel_of = {name: _panel(suite, case) for name, case in parsed.items() if case.window is None}
+        for panel in dict.fromkeys(panel_of.values()):
+            names = [name for name in panel_of if panel_of[name] == panel]
+            panels[panel] = table.loc[names].rename(index={name: parsed[name].seqlen_q for name in names})
     if not panels:
         raise ValueError("chart: the results hold no forward or backward rates to draw")
     columns = min(len(panels), 4)
@@ -195,6 +197,11 @@ def chart(results: Results, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
+
+
+def _panel(suite: str, case: Case) -> str:
+    heads = "" if case.heads_q == case.heads_kv else f", {case.heads_q}/{case.heads_kv} heads"
+    return f"{suite}, head_dim {case.head_dim}{heads}, {'causal' if case.causal else 'full'}"
 
 
 def _bars(axis: Axes, title: str, table: pd.DataFrame) -> None:
