@@ -21,7 +21,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEFAULT_RESCALE_THRESHOLD = 8.0
 MAX_RESCALE_THRESHOLD = 8.0
 UNBOUNDED = -1
-LARGEST = torch.finfo(torch.float32).max
+LARGEST = 2.0**127
+"""Of a scale and a softcap, which kernels multiply by log2 e in float32."""
 PAGE_MULTIPLE = 8
 
 
@@ -386,9 +387,15 @@ def _check_sink(sink: Meta, heads_q: int, device: torch.device) -> None:
 
 def check_numbers(scale: float, softcap: float, left: int, right: int, threshold: float) -> None:
     if not (0.0 < scale <= LARGEST):
-        raise ValueError(f"softmax_scale: got {scale}, accepted are finite numbers > 0, in float32 too, or None")
+        raise ValueError(
+            f"softmax_scale: got {scale}, accepted are finite numbers > 0, up to 2^127 in float32, or None"
+        )
     if not (0.0 <= softcap <= LARGEST):
-        raise ValueError(f"softcap: got {softcap}, accepted are finite numbers >= 0, in float32 too; 0 and None: off")
+        raise ValueError(
+            f"softcap: got {softcap}, accepted are finite numbers >= 0, up to 2^127 in float32; 0 and None: off"
+        )
+    if softcap and scale / softcap > LARGEST:  # infinite in float32, and NaN times a score of 0
+        raise ValueError(f"softcap: got {softcap}, accepted with softmax_scale={scale} are {scale / LARGEST:g} or more")
     for side, value in (("left", left), ("right", right)):
         if value < UNBOUNDED:
             raise ValueError(f"window: {side} is {value}, accepted are integers >= 0, and None or -1 for unbounded")

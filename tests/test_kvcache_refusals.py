@@ -155,6 +155,7 @@ BAD = {
     "scale NaN": (contiguous(softmax_scale=math.nan), ValueError, "softmax_scale", "finite"),
     "scale beyond float64": (contiguous(softmax_scale=10**400), ValueError, "softmax_scale", "in float32"),
     "softcap beyond float32": (contiguous(softcap=1e39), ValueError, "softcap", "in float32"),
+    "softcap far below the scale": (contiguous(softcap=1e-40), ValueError, "softcap", "softmax_scale="),
     "softcap below 0": (contiguous(softcap=-1.0), ValueError, "softcap", ">= 0"),
     "a window of one side": (contiguous(window=(1,)), ValueError, "window", "(left, right)"),
     "causal an integer": (contiguous(causal=1), TypeError, "causal", "bool"),
