@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -144,6 +146,15 @@ def test_no_warp_waits_two_laps_ahead_in_the_ring_of_tiles():
     for seed in range(8):
         out, lse = run(tensors, {**options, "num_splits": 1}, programs=2, seed=seed)
         require(out, lse, want)
+
+
+def test_a_softcap_takes_scores_of_minus_infinity_for_scores():
+    """Not for hidden keys, which are -inf beside them: each counts with the cap's negative."""
+    q, k, v = torch.zeros(1, 1, 2, 64, dtype=torch.bfloat16), draw(1, 200, 2, 64, seed=1), draw(1, 200, 2, 64, seed=2)
+    q[..., 3], k[..., 3] = torch.inf, -1.0
+    out, lse = run((q, k, v), {"cache_seqlens": 150, "softcap": 5.0})
+    torch.testing.assert_close(lse, torch.full((1, 2, 1), math.log(150) - 5.0))
+    torch.testing.assert_close(out[:, 0].float(), v[:, :150].float().mean(1), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("where", ["rows", "leftpad", "pages"])

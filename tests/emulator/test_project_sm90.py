@@ -205,6 +205,19 @@ def test_a_softcap_bends_large_scores_beside_small_ones(head_dim, causal):
     torch.testing.assert_close(lse.double(), want, rtol=0, atol=1e-5, equal_nan=True)
 
 
+def test_a_softcap_takes_scores_of_minus_infinity_for_scores():
+    """Not for hidden keys, which are -inf beside them: each counts with the cap's negative."""
+    g = torch.Generator().manual_seed(8)
+    k, v = (torch.randn(1, 200, 1, 64, generator=g).bfloat16() for _ in range(2))
+    q = torch.zeros_like(k)
+    q[..., 3], k[..., 3] = math.inf, -1.0
+    with emulated_cute(ARCH):
+        out, lse = attention(q, k, v, softcap=5.0, causal=True, return_lse=True)
+    keys = torch.arange(1, 201)
+    torch.testing.assert_close(lse[0, 0], keys.log() - 5.0)
+    torch.testing.assert_close(out[0, :, 0].float(), v[0, :, 0].float().cumsum(0) / keys[:, None], rtol=1e-2, atol=4e-3)
+
+
 def test_hidden_scores_that_no_polynomial_serves_change_nothing():
     """Keys after the diagonal and past the length in use, huge, infinite and NaN, share tiles with what rows see."""
     g = torch.Generator().manual_seed(9)
