@@ -8,11 +8,13 @@ what counts is that memory is never idle. Roles:
 - the other warps: the n-th tile of a chunk is warp `n % WARPS`'s. Each has a softmax of its own and waits for no other
   until the chunk ends; then their results are folded in order, through shared memory.
 
-Rings (arrivals that complete a slot's full / empty barrier): tiles (TMA bytes / the warp whose tile it is).
+Rings (arrivals that complete a slot's full / empty barrier): tiles (TMA bytes / the warp whose tile it is); draws (the
+load warp's elected lane / every thread of the others), which the load warp fills where sequences are drawn.
 
 A chunk's result is folded into its sequence's in registers while one block has all that came before; else it goes to
 memory as a part, and the block that arrives last at the sequence's counter folds the parts, in the same order and by
-the same operations.
+the same operations. If one block ends with chunks 0 to 4 of a sequence and the next begins with 5 to 9, the first
+stores one part, says that it holds five, and arrives with five; the other stores five and arrives with five.
 
 Products are those of a warp, 16 query rows (those of a KV head's group, and of several positions) by 8 keys or columns
 of V. Statistics are those of `softmax`; accumulators lie as `sm90_softmax` says.
@@ -48,7 +50,7 @@ THREADS = 32 * WARPS
 COMPUTE_BARRIER = 1
 """Their named barrier; barrier 0 is the block's."""
 HELD = 2**16
-"""Unit of `Splits.arrivals`."""
+"""Unit of the second count in `Splits.arrivals`: with two counts in one word, one atomic changes and tells both."""
 READ = 128
 """Numbers of parts that a thread reads at a time in a merge: all that fits into registers waits for memory but once."""
 
@@ -287,13 +289,14 @@ class Decode:
         block, _, _ = cute.arch.block_idx()
         blocks, _, _ = cute.arch.grid_dim()
         counter = cute.make_tensor(work.splits.arrivals.iterator + calls.batch * heads, cute.make_layout(2))
+        # Asked for while the sequence before is read, and told by the first lane when that is on its way.
         answer = Int32(0)
         if drawn:
             answer = ask(counter)
         at, turn, head = tiles.start(), draws.start(), block % heads
         sequence, tile, left = share
         keys = keys_of(sequence, calls, window, config.tile_n)
-        numbers, looked = self._blocks(maps, tensors, calls, sequence, keys, tile), tile
+        numbers, looked = self._places(maps, tensors, calls, sequence, keys, tile), tile
         boxes_of_tile = config.tile_n // config.box
         while left > 0:
             tiles.acquire(at)
@@ -326,15 +329,15 @@ class Decode:
                         answer = ask(counter)
                 keys = keys_of(sequence, calls, window, config.tile_n)
             if tile == 0 or tile == looked + LANES // boxes_of_tile:
-                numbers, looked = self._blocks(maps, tensors, calls, sequence, keys, tile), tile
+                numbers, looked = self._places(maps, tensors, calls, sequence, keys, tile), tile
         if drawn:
             retire(counter, blocks)
 
     @cute.jit
-    def _blocks(self, maps, tensors, calls, sequence, keys, tile):
-        """The batch element of a contiguous cache; of a paged one, the pages of the boxes from a tile on, one a lane.
+    def _places(self, maps, tensors, calls, sequence, keys, tile):
+        """Where keys lie in the cache's first dimension, clamped: the batch element, or pages.
 
-        Clamped.
+        Pages are those of the boxes from a tile on, one a lane.
         """
         config = self.config
         sequence = cutlass.min(sequence, calls.batch - 1)
@@ -384,7 +387,7 @@ class Decode:
         rows, of_row = calls.rows_q * self.group, config.row_threads
         block, _, _ = cute.arch.block_idx()
         place = Place(block % heads, thread // of_row, rows, thread % of_row * 4)
-        before, turn = self._nothing(), draws.start()
+        whole, turn = self._nothing(), draws.start()
         sequence, tile, n_tiles = share
         keys = keys_of(sequence, calls, window, config.tile_n)
         # Whether an earlier team has the sequence's first chunks, and so this block's place among the parts.
@@ -409,15 +412,15 @@ class Decode:
                 pair = Int64(sequence) * heads + place.head
                 self._store_part(splits, calls.batch * heads, pair, ended, place, part)
             else:
-                self._fold(before, part, True)
+                self._fold(whole, part, True)
             done += count
             tile += count
             ended += 1
             fresh = tile == keys.tiles
             if fresh:
                 if not inherited:
-                    self._store_result(tensors, sequence, place, before)
-                self._clear(before)
+                    self._store_result(tensors, sequence, place, whole)
+                self._clear(whole)
                 inherited = False
                 tile, ended = Int32(0), Int32(0)
                 sequence += 1
@@ -427,18 +430,19 @@ class Decode:
                     draws.release(turn)
                     turn = draws.next(turn)
                     sequence = item // heads
-                    place = Place(item % heads, *place[1:])
+                    place = Place(item % heads, *place[1:])  # the row and the columns stay
                     n_tiles += share_of(sequence, calls, window, config.tile_n).tiles
                 keys = keys_of(sequence, calls, window, config.tile_n)
 
-        # Sequences that this block shares with others: the one it began within, and the one it ended within.
+        # Sequences that this block shares with others: the one it began within, and the one it ended within; none where
+        # sequences are drawn, since these begin and end with tile 0.
         if first_tile > 0 and n_tiles > 0:
             end = cutlass.min(first_tile + n_tiles, first_keys.tiles)
             arrived = cute.ceil_div(end, first_keys.chunk) - first_tile // first_keys.chunk
             chunks = cute.ceil_div(first_keys.tiles, first_keys.chunk)
             self._arrive(tensors, shared, splits, calls, first_sequence, place, heads, arrived, chunks)
         if tile > 0 and n_tiles > 0 and not inherited:
-            self._store_part(splits, calls.batch * heads, Int64(sequence) * heads + place.head, Int32(0), place, before)
+            self._store_part(splits, calls.batch * heads, Int64(sequence) * heads + place.head, Int32(0), place, whole)
             chunks = cute.ceil_div(keys.tiles, keys.chunk)
             self._arrive(tensors, shared, splits, calls, sequence, place, heads, ended + ended * HELD, chunks)
 
@@ -463,7 +467,8 @@ class Decode:
         config = self.config
         # A parity tells a lap from the one before it alone, and copies may end in another order: what another warp is
         # waiting for in this slot, one lap back, may not be there yet. So until that warp has let go of it, as the load
-        # warp does; it cannot be two laps back, since there are as many slots as warps.
+        # warp does. It cannot be two laps back: there are as many slots as warps, so this warp's tile before, which is
+        # done, was brought no earlier than the tile one lap back, and for that one the slot had been let go of.
         tiles.acquire(at)
         tiles.wait(at)
         if keys.span.begin < keys.span.end:  # else what was read is nobody's
@@ -635,7 +640,6 @@ class Decode:
                 splits.arrivals[pair] = Int32(0)
         self._sync()
         news = shared.words[0]
-        self._sync()
         if news % HELD == chunks:
             whole = self._nothing()
             if place.row < place.rows:

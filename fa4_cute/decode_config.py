@@ -19,7 +19,7 @@ WARPS = 4
 """Warps that compute, each on key tiles of its own."""
 MAX_SLOTS = 12
 ROOM = 1152
-"""Bytes for barriers, a word and alignment."""
+"""Bytes for barriers, words and alignment."""
 BLOCK_COLUMNS = 64
 """What head dimensions have to be multiples of: the columns of the 128-byte swizzle."""
 MOST_CHUNKS = 64
