@@ -35,7 +35,7 @@ from cutlass.cute.nvgpu import cpasync, warp
 from cutlass.cute.runtime import make_fake_stream
 
 from fa4_cute.decode_config import BLOCK_COLUMNS, WARP_ROWS, WARPS, CacheKinds, DecodeConfig, config_for
-from fa4_cute.decode_shares import Calls, Share, find_share, keys_of, share_of
+from fa4_cute.decode_shares import Calls, Share, find_share, keys_of, tiles_there
 from fa4_cute.params import DTYPES, Values, fake_numbers, fake_rows
 from fa4_cute.pipelines import Cursor, Ring
 from fa4_cute.ranges import Window, visible_keys
@@ -285,10 +285,10 @@ class Decode:
     @cute.jit
     def load(self, maps, tensors, shared, tiles, draws, work):
         """The load warp. Waits on the empty barriers of both rings; TMA completes the tiles' full ones."""
-        config, (calls, window, _, heads, share, drawn) = self.config, work
+        config, (calls, window, splits, heads, share, drawn) = self.config, work
         block, _, _ = cute.arch.block_idx()
         blocks, _, _ = cute.arch.grid_dim()
-        counter = cute.make_tensor(work.splits.arrivals.iterator + calls.batch * heads, cute.make_layout(2))
+        counter = cute.make_tensor(splits.arrivals.iterator + calls.batch * heads, cute.make_layout(2))
         # Asked for while the sequence before is read, and told by the first lane when that is on its way.
         answer = Int32(0)
         if drawn:
@@ -324,10 +324,11 @@ class Decode:
                         draws.publish(turn)
                     turn = draws.next(turn)
                     sequence, head = item // heads, item % heads
-                    left = share_of(sequence, calls, window, config.tile_n).tiles
-                    if left > 0:
+                    if sequence < calls.batch:
                         answer = ask(counter)
                 keys = keys_of(sequence, calls, window, config.tile_n)
+                if drawn:
+                    left = tiles_there(sequence, keys, calls)
             if tile == 0 or tile == looked + LANES // boxes_of_tile:
                 numbers, looked = self._places(maps, tensors, calls, sequence, keys, tile), tile
         if drawn:
@@ -431,8 +432,9 @@ class Decode:
                     turn = draws.next(turn)
                     sequence = item // heads
                     place = Place(item % heads, *place[1:])  # the row and the columns stay
-                    n_tiles += share_of(sequence, calls, window, config.tile_n).tiles
                 keys = keys_of(sequence, calls, window, config.tile_n)
+                if drawn:
+                    n_tiles += tiles_there(sequence, keys, calls)
 
         # Sequences that this block shares with others: the one it began within, and the one it ended within; none where
         # sequences are drawn, since these begin and end with tile 0.

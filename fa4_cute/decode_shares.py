@@ -62,13 +62,6 @@ class Share(NamedTuple):
 
 
 @cute.jit
-def share_of(sequence: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Share:
-    """The share that is one sequence; none past the last one."""
-    tiles = keys_of(sequence, calls, window, tile_n).tiles
-    return Share(sequence, Int32(0), tiles if sequence < calls.batch else Int32(0))
-
-
-@cute.jit
 def keys_of(sequence: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Keys:
     """The keys of a sequence; past the last one, those of the last. Clamped, whatever the device says."""
     length = calls.length
@@ -92,6 +85,12 @@ def keys_of(sequence: Int32, calls: Calls, window: Window, tile_n: cutlass.Const
 
 
 @cute.jit
+def tiles_there(sequence: Int32, keys: Keys, calls: Calls) -> Int32:
+    """Tiles of a sequence, whose keys these are; none past the last one."""
+    return keys.tiles if sequence < calls.batch else Int32(0)
+
+
+@cute.jit
 def find_share(
     team: Int32, teams: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]
 ) -> tuple[Share, Boolean]:
@@ -102,14 +101,14 @@ def find_share(
     lane = cute.arch.lane_idx()
     total, longest = Int32(0), Int32(0)
     for base in cutlass.range(0, calls.batch, LANES, unroll=1):
-        tiles = keys_of(base + lane, calls, window, tile_n).tiles
-        total += tiles if base + lane < calls.batch else Int32(0)
-        longest = cutlass.max(longest, tiles)
+        keys = keys_of(base + lane, calls, window, tile_n)
+        total += tiles_there(base + lane, keys, calls)
+        longest = cutlass.max(longest, keys.tiles)
     total, longest = cute.arch.warp_redux_sync(total, "add"), cute.arch.warp_redux_sync(longest, "max")
     each, left = total // teams, total % teams
     share, drawn = Share(team, Int32(0), Int32(0)), longest <= each // DRAWN
     if drawn:
-        share = share_of(team, calls, window, tile_n)
+        share = Share(team, Int32(0), tiles_there(team, keys_of(team, calls, window, tile_n), calls))
     else:
         # total * team // teams, without a product of more than 32 bits.
         first = each * team + left * team // teams
@@ -125,8 +124,7 @@ def _between(first: Int32, last: Int32, calls: Calls, window: Window, tile_n: cu
     counted = Int32(0)
     first_sequence, before_first, last_sequence, before_last = Int32(0), Int32(0), Int32(0), Int32(0)
     for base in cutlass.range(0, calls.batch, LANES, unroll=1):
-        tiles = keys_of(base + lane, calls, window, tile_n).tiles
-        tiles = tiles if base + lane < calls.batch else Int32(0)
+        tiles = tiles_there(base + lane, keys_of(base + lane, calls, window, tile_n), calls)
         before, sum_all = sums(tiles)
         end = counted + before + tiles
         exists = base + lane < calls.batch
