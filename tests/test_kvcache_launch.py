@@ -87,7 +87,7 @@ def test_autocast_casts_nothing(target):
 @pytest.mark.parametrize("page", [0, 16])
 def test_a_step_neither_synchronises_nor_compiles_when_lengths_change_and_can_be_captured(target, page, monkeypatch):
     if target.backend == "reference":
-        pytest.skip("plain PyTorch")
+        pytest.skip("plain PyTorch, which has no kernel of ours")
     from fa4_cute import kernels
     from fa4_triton import decode_launch
 
@@ -196,7 +196,7 @@ def test_neither_capacity_nor_group_changes_how_the_work_is_laid_out(monkeypatch
 def test_a_cache_beyond_2_to_the_31_elements(target):
     """32-bit offsets wrap around there, in rows and in pages."""
     if target.backend == "reference":
-        pytest.skip("plain PyTorch")
+        pytest.skip("plain PyTorch, which has no kernel of ours")
     n = 2**31 // (8 * 128) + 4096
     cache = torch.zeros(1, n, 8, 128, device="cuda", dtype=torch.bfloat16)
     tail = torch.randn(512, 8, 128, device="cuda", dtype=torch.bfloat16)
@@ -212,6 +212,10 @@ def test_a_cache_beyond_2_to_the_31_elements(target):
     pages = cache.view(-1, 16, 8, 128)
     table = torch.arange(pages.shape[0] - 32, pages.shape[0], device="cuda", dtype=INT32)[None]
     assert torch.equal(attend(pages, 512, page_table=table), want)
+    if "every_kv_cache" in target.serves:
+        pad = torch.tensor([512 - 500], dtype=INT32, device="cuda")
+        got = attend(pages, 512, page_table=table, cache_leftpad=pad)
+        torch.testing.assert_close(got, attend(tail[None, -500:], 500), atol=2e-2, rtol=2e-2)
 
 
 @contextmanager
