@@ -4,13 +4,12 @@ One block a multiprocessor, all of whose shared memory is a ring of key tiles: d
 what counts is that memory is never idle. Roles:
 
 - load (the last warp): brings the keys and values of the block's share (`decode_shares`) by TMA, as far ahead as the
-  ring goes, across chunks, sequences and pages; and then those of sequences that it draws;
-- the other warps: a part of every tile's keys each, so that little is left to do when the last tile has come. Each has
-  a softmax of its own and waits for no other until the chunk ends; then their results are folded in order, through
-  shared memory.
+  ring goes, across chunks, sequences and pages;
+- the other warps: the n-th tile of a chunk is warp `n % WARPS`'s. Each has a softmax of its own and waits for no other
+  until the chunk ends; then their results are folded in order, through shared memory.
 
-Rings (arrivals that complete a slot's full / empty barrier): tiles (TMA bytes / a lane of each of the other warps);
-draws (the load warp's elected lane / every thread of the others), of the sequences that were drawn.
+Rings (arrivals that complete a slot's full / empty barrier): tiles (TMA bytes / the warp whose tile it is); draws (the
+load warp's elected lane / every thread of the others), which the load warp fills where sequences are drawn.
 
 A chunk's result is folded into its sequence's in registers while one block has all that came before; else it goes to
 memory as a part, and the block that arrives last at the sequence's counter folds the parts, in the same order and by
@@ -35,19 +34,10 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warp
 from cutlass.cute.runtime import make_fake_stream
 
-from fa4_cute.decode_config import (
-    BLOCK_COLUMNS,
-    TILE_N,
-    WARP_KEYS,
-    WARP_ROWS,
-    WARPS,
-    CacheKinds,
-    DecodeConfig,
-    config_for,
-)
-from fa4_cute.decode_shares import Calls, Share, chunks_in, find_share, keys_of, next_shared
+from fa4_cute.decode_config import BLOCK_COLUMNS, WARP_ROWS, WARPS, CacheKinds, DecodeConfig, config_for
+from fa4_cute.decode_shares import Calls, Share, chunks_in, find_share, keys_of, tiles_there
 from fa4_cute.params import DTYPES, Values, fake_numbers, fake_rows
-from fa4_cute.pipelines import Ring
+from fa4_cute.pipelines import Cursor, Ring
 from fa4_cute.ranges import Window, visible_keys
 from fa4_cute.schedule import LANES, ask, retire
 from fa4_cute.sm90_softmax import Softmax
@@ -115,7 +105,7 @@ class Shared(NamedTuple):
 class Work(NamedTuple):
     """A call's sequences and window, its work space, KV heads, and a block's share.
 
-    drawn: the most tiles of sequences that are drawn after it, 0 for none; by items, sequence * heads + KV head.
+    drawn: whether whole sequences are drawn after it, by items: sequence * heads + KV head.
     """
 
     calls: Calls
@@ -123,16 +113,12 @@ class Work(NamedTuple):
     splits: Splits
     heads: Int32
     share: Share
-    drawn: Int32
+    drawn: Boolean
 
 
 class State(NamedTuple):
-    """What a warp holds, as `sm90_softmax` takes it: operands, accumulators, statistics of its rows.
+    """What a warp holds of its tiles, as `sm90_softmax` takes it: operands, accumulators, statistics of its rows."""
 
-    warp: which of a tile's keys are its own.
-    """
-
-    warp: Int32
     lane: Int32
     mma: cute.TiledMma
     q: cute.Tensor
@@ -262,11 +248,11 @@ class Decode:
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         memory = cutlass.utils.SmemAllocator()
         barriers = memory.allocate_array(Int64, 4 * config.slots)
-        tiles = Ring(barriers, config.slots, 1, WARPS)
+        tiles = Ring(barriers, config.slots, 1, 1)
         draws = Ring(barriers + 2 * config.slots, config.slots, 1, THREADS)
         words = cute.make_tensor(memory.allocate_array(Int32, 1 + config.slots), cute.make_layout(1 + config.slots))
-        layout_k = _rows_layout((TILE_N, config.head_dim), config.slots)
-        layout_v = _rows_layout((TILE_N, config.head_dim_v), config.slots)
+        layout_k = _rows_layout((config.tile_n, config.head_dim), config.slots)
+        layout_v = _rows_layout((config.tile_n, config.head_dim_v), config.slots)
         s_k = memory.allocate_tensor(self.dtype, layout_k.outer, 1024, layout_k.inner)
         s_v = memory.allocate_tensor(self.dtype, layout_v.outer, 1024, layout_v.inner)
         of_warps = cute.make_layout(
@@ -287,7 +273,7 @@ class Decode:
         _, team, _ = cute.arch.block_idx()
         heads, teams, _ = cute.arch.grid_dim()
         window = Window(values.window_left, values.window_right)
-        share, drawn = find_share(team, teams, calls, window)
+        share, drawn = find_share(team, teams, calls, window, config.tile_n)
         work = Work(calls, window, splits, heads, share, drawn)
         cute.arch.sync_threads()  # after the first reads from memory, which take longer than the barriers
         if warp_index == WARPS:
@@ -298,58 +284,53 @@ class Decode:
     @cute.jit
     def load(self, maps, tensors, shared, tiles, draws, work):
         """The load warp. Waits on the empty barriers of both rings; TMA completes the tiles' full ones."""
-        config, (calls, window, splits, heads, share, most) = self.config, work
+        config, (calls, window, splits, heads, share, drawn) = self.config, work
         head, _, _ = cute.arch.block_idx()
         _, teams, _ = cute.arch.grid_dim()
         counter = cute.make_tensor(splits.arrivals.iterator + calls.batch * heads, cute.make_layout(2))
-        # Asked for while the keys before are read, and told by the first lane when those are on their way.
-        answer, drawing = Int32(0), most > 0
-        if drawing:
+        # Asked for while the sequence before is read, and told by the first lane when that is on its way.
+        answer = Int32(0)
+        if drawn:
             answer = ask(counter)
         at, turn = tiles.start(), draws.start()
         sequence, tile, left = share
-        sequence, keys = next_shared(sequence, most, calls, window)
+        keys = keys_of(sequence, calls, window, config.tile_n)
         numbers, looked = self._places(maps, tensors, calls, sequence, keys, tile), tile
-        boxes_of_tile = TILE_N // config.box
-        while left > 0 or drawing:
-            if left > 0:
-                tiles.acquire(at)
-                with cute.arch.elect_one():
-                    tiles.expect(at, config.slot_bytes)
-                first = keys.pad + (keys.span.begin + tile) * TILE_N
-                for r in cutlass.range_constexpr(boxes_of_tile):
-                    row, number = first, numbers
-                    if const_expr(tensors.pages is not None):
-                        row = (first + r * config.box) % self.calls.page_size
-                        number = cute.arch.shuffle_sync(numbers, (tile - looked) * boxes_of_tile + r)
-                    self._bring(maps.k, maps.m_k, shared.k, head, number, row, r, tiles, at)
-                    self._bring(maps.v, maps.m_v, shared.v, head, number, row, r, tiles, at)
-                at = tiles.next(at)
-                tile += 1
-                left -= 1
-            if left == 0 and drawing:
-                item = Int32(0)
-                found = Boolean(False)
-                while not found:
-                    item = cute.arch.shuffle_sync(answer, 0)
-                    sequence, tile = item // heads, Int32(0)
-                    keys = keys_of(sequence, calls, window)
-                    drawing = sequence < calls.batch
-                    if drawing:
-                        answer = ask(counter)
-                    found = not drawing or keys.tiles <= most
-                draws.acquire(turn)
-                with cute.arch.elect_one():
-                    shared.words[1 + turn.index] = item
-                    draws.publish(turn)
-                turn, head = draws.next(turn), item % heads
-                left = keys.tiles if drawing else Int32(0)
-            elif tile == keys.tiles and left > 0:
-                sequence, keys = next_shared(sequence + 1, most, calls, window)
+        boxes_of_tile = config.tile_n // config.box
+        while left > 0:
+            tiles.acquire(at)
+            with cute.arch.elect_one():
+                tiles.expect(at, config.slot_bytes)
+            first = keys.pad + (keys.span.begin + tile) * config.tile_n
+            for r in cutlass.range_constexpr(boxes_of_tile):
+                row, number = first, numbers
+                if const_expr(tensors.pages is not None):
+                    row = (first + r * config.box) % self.calls.page_size
+                    number = cute.arch.shuffle_sync(numbers, (tile - looked) * boxes_of_tile + r)
+                self._bring(maps.k, maps.m_k, shared.k, head, number, row, r, tiles, at)
+                self._bring(maps.v, maps.m_v, shared.v, head, number, row, r, tiles, at)
+            at = tiles.next(at)
+            tile += 1
+            left -= 1
+            if tile == keys.tiles:
                 tile = Int32(0)
-            if left > 0 and (tile == 0 or tile == looked + LANES // boxes_of_tile):
+                sequence += 1
+                if drawn:
+                    item = teams * heads + cute.arch.shuffle_sync(answer, 0)
+                    draws.acquire(turn)
+                    with cute.arch.elect_one():
+                        shared.words[1 + turn.index] = item
+                        draws.publish(turn)
+                    turn = draws.next(turn)
+                    sequence, head = item // heads, item % heads
+                    if sequence < calls.batch:
+                        answer = ask(counter)
+                keys = keys_of(sequence, calls, window, config.tile_n)
+                if drawn:
+                    left = tiles_there(sequence, keys, calls)
+            if tile == 0 or tile == looked + LANES // boxes_of_tile:
                 numbers, looked = self._places(maps, tensors, calls, sequence, keys, tile), tile
-        if most > 0:
+        if drawn:
             retire(counter, teams * heads)
 
     @cute.jit
@@ -362,7 +343,7 @@ class Decode:
         sequence = cutlass.min(sequence, calls.batch - 1)
         number = sequence
         if const_expr(tensors.pages is not None):
-            key = (keys.span.begin + tile) * TILE_N + cute.arch.lane_idx() * config.box
+            key = (keys.span.begin + tile) * config.tile_n + cute.arch.lane_idx() * config.box
             key = cutlass.min(key, cutlass.max(keys.length - 1, 0))
             number = tensors.pages[sequence, key // self.calls.page_size]
         if const_expr(tensors.indices is not None):
@@ -382,7 +363,7 @@ class Decode:
     @cute.jit
     def compute(self, tensors, shared, tiles, draws, work, values, cap):
         """A warp that computes. Waits on the full barriers of both rings and lets go of their slots."""
-        config, (calls, window, splits, heads, share, most) = self.config, work
+        config, (calls, window, splits, heads, share, drawn) = self.config, work
         thread, _, _ = cute.arch.thread_idx()
         warp_index = cute.arch.make_warp_uniform(thread // 32)
         mma = cute.make_tiled_mma(
@@ -392,12 +373,11 @@ class Decode:
         )
         of_lane = mma.get_slice(thread % 32)
         state = State(
-            warp=warp_index,
             lane=thread % 32,
             mma=mma,
             q=mma.make_fragment_A(of_lane.partition_shape_A((WARP_ROWS, config.head_dim))),
-            p=mma.make_fragment_A(of_lane.partition_shape_A((WARP_ROWS, WARP_KEYS))),
-            acc_s=cute.make_rmem_tensor(of_lane.partition_shape_C((WARP_ROWS, WARP_KEYS)), Float32),
+            p=mma.make_fragment_A(of_lane.partition_shape_A((WARP_ROWS, config.tile_n))),
+            acc_s=cute.make_rmem_tensor(of_lane.partition_shape_C((WARP_ROWS, config.tile_n)), Float32),
             acc_o=cute.make_rmem_tensor(of_lane.partition_shape_C((WARP_ROWS, config.head_dim_v)), Float32),
             pivot=cute.make_rmem_tensor(2, Float32),
             row_sum=cute.make_rmem_tensor(2, Float32),
@@ -407,73 +387,65 @@ class Decode:
         rows, of_row = calls.rows_q * self.group, config.row_threads
         head, _, _ = cute.arch.block_idx()
         place = Place(head, thread // of_row, rows, thread % of_row * 4)
-        whole, at, turn = self._nothing(), tiles.start(), draws.start()
-        sequence, tile, left = share
-        sequence, keys = next_shared(sequence, most, calls, window)
+        whole, turn = self._nothing(), draws.start()
+        sequence, tile, n_tiles = share
+        keys = keys_of(sequence, calls, window, config.tile_n)
         # Whether an earlier team has the sequence's first chunks, and so this block's place among the parts.
         inherited = tile > 0
         first_sequence, first_tile, first_keys = sequence, tile, keys
-        # Tiles of the share, and chunks of the sequence, that are done.
+        # Tiles of the share and chunks of the sequence that are done.
         done, ended = Int32(0), chunks_in(tile, keys, calls)
-        fresh, sharing, drawing = Boolean(True), left > 0, most > 0
-        while left > 0 or drawing:
-            if left > 0:
-                if fresh:
-                    self._load_query(state, tensors.q, sequence, place)
-                count = cutlass.min(keys.chunk, keys.tiles - tile)
-                state.acc_o.fill(0.0)
-                state.pivot.fill(-Float32.inf)
-                state.row_sum.fill(0.0)
-                for n in cutlass.range(count, unroll=1):
-                    self._fold_tile(state, shared, tiles, at, keys, window, calls.rows_q, keys.span.begin + tile + n)
-                    at = tiles.next(at)
-                part = self._fold_warps(state, shared, warp_index, place)
-                if inherited:
-                    pair = Int64(sequence) * heads + place.head
-                    self._store_part(splits, calls.batch * heads, pair, ended, place, part)
-                else:
-                    self._fold(whole, part, True)
-                done += count
-                left -= count
-                tile += count
-                ended += 1
-                fresh = tile == keys.tiles
-                if fresh:
-                    if not inherited:
-                        self._store_result(tensors, sequence, place, whole)
-                    self._clear(whole)
-                    inherited = Boolean(False)
-                    tile, ended = Int32(0), Int32(0)
-                    if left > 0:
-                        sequence, keys = next_shared(sequence + 1, most, calls, window)
-            if left == 0:
-                if sharing:
-                    # Sequences that the share has others' chunks of: the one it began within, the one it ended within.
-                    sharing = Boolean(False)
-                    pairs = calls.batch * heads
-                    if first_tile > 0:
-                        end = cutlass.min(first_tile + done, first_keys.tiles)
-                        arrived = chunks_in(end, first_keys, calls) - chunks_in(first_tile, first_keys, calls)
-                        chunks = chunks_in(first_keys.tiles, first_keys, calls)
-                        self._arrive(tensors, shared, splits, calls, first_sequence, place, heads, arrived, chunks)
-                    if tile > 0 and not inherited:
-                        pair = Int64(sequence) * heads + place.head
-                        self._store_part(splits, pairs, pair, Int32(0), place, whole)
-                        chunks = chunks_in(keys.tiles, keys, calls)
-                        news = ended + ended * HELD
-                        self._arrive(tensors, shared, splits, calls, sequence, place, heads, news, chunks)
-                    self._clear(whole)
-                    inherited = Boolean(False)
-                    tile, ended, fresh = Int32(0), Int32(0), Boolean(True)
-                if drawing:
+        fresh = True
+        while done < n_tiles:
+            if fresh:
+                self._load_query(state, tensors.q, sequence, place)
+            count = cutlass.min(keys.chunk, keys.tiles - tile)
+            state.acc_o.fill(0.0)
+            state.pivot.fill(-Float32.inf)
+            state.row_sum.fill(0.0)
+            for n in cutlass.range(warp_index, count, WARPS, unroll=1):
+                number = done + n
+                at = Cursor(number % config.slots, number // config.slots % 2)
+                self._fold_tile(state, shared, tiles, at, keys, window, calls.rows_q, keys.span.begin + tile + n)
+            part = self._fold_warps(state, shared, warp_index, place)
+            if inherited:
+                pair = Int64(sequence) * heads + place.head
+                self._store_part(splits, calls.batch * heads, pair, ended, place, part)
+            else:
+                self._fold(whole, part, True)
+            done += count
+            tile += count
+            ended += 1
+            fresh = tile == keys.tiles
+            if fresh:
+                if not inherited:
+                    self._store_result(tensors, sequence, place, whole)
+                self._clear(whole)
+                inherited = False
+                tile, ended = Int32(0), Int32(0)
+                sequence += 1
+                if drawn:
                     draws.wait(turn)
                     item = shared.words[1 + turn.index]
                     draws.release(turn)
-                    turn, sequence = draws.next(turn), item // heads
+                    turn = draws.next(turn)
+                    sequence = item // heads
                     place = Place(item % heads, *place[1:])  # the row and the columns stay
-                    keys = keys_of(sequence, calls, window)
-                    drawing = sequence < calls.batch
-                    left = keys.tiles if drawing else Int32(0)
+                keys = keys_of(sequence, calls, window, config.tile_n)
+                if drawn:
+                    n_tiles += tiles_there(sequence, keys, calls)
+
+        # Sequences that this block shares with others: the one it began within, and the one it ended within; none where
+        # sequences are drawn, since these begin and end with tile 0.
+        if first_tile > 0 and n_tiles > 0:
+            end = cutlass.min(first_tile + n_tiles, first_keys.tiles)
+            arrived = chunks_in(end, first_keys, calls) - chunks_in(first_tile, first_keys, calls)
+            chunks = chunks_in(first_keys.tiles, first_keys, calls)
+            self._arrive(tensors, shared, splits, calls, first_sequence, place, heads, arrived, chunks)
+        if tile > 0 and n_tiles > 0 and not inherited:
+            self._store_part(splits, calls.batch * heads, Int64(sequence) * heads + place.head, Int32(0), place, whole)
+            chunks = chunks_in(keys.tiles, keys, calls)
+            self._arrive(tensors, shared, splits, calls, sequence, place, heads, ended + ended * HELD, chunks)
 
     @cute.jit
     def _load_query(self, state, m_q, sequence, place):
@@ -492,65 +464,71 @@ class Decode:
 
     @cute.jit
     def _fold_tile(self, state, shared, tiles, at, keys, window, rows_q, tile):
-        """Folds the warp's keys of a tile into its state, and lets go of the tile's slot."""
+        """Folds a key tile into the warp's state, and lets go of its slot."""
         config = self.config
-        s_k, s_v = (
-            cute.local_tile(s[None, None, at.index], (WARP_KEYS, s.shape[1]), (state.warp, 0))
-            for s in (shared.k, shared.v)
-        )
+        # A parity tells a lap from the one before it alone, and copies may end in another order: what another warp is
+        # waiting for in this slot, one lap back, may not be there yet. So until that warp has let go of it, as the load
+        # warp does. It cannot be two laps back: there are as many slots as warps, so this warp's tile before, which is
+        # done, was brought no earlier than the tile one lap back, and for that one the slot had been let go of.
+        tiles.acquire(at)
         tiles.wait(at)
         if keys.span.begin < keys.span.end:  # else what was read is nobody's
             state.acc_s.fill(0.0)
-            self._multiply(state, state.acc_s, state.q, s_k, False)
+            self._multiply(state, state.acc_s, state.q, shared.k, at.index, False)
             near = self.softmax.cap(state, True)
             if tile < keys.span.full_begin or tile >= keys.span.full_end:
-                self._hide(state, s_v, keys, window, rows_q, tile * TILE_N + state.warp * WARP_KEYS)
+                self._hide(state, shared.v, at.index, keys, window, rows_q, tile)
             moved, factor = self.softmax.weigh(state, near, True)
             self.softmax.rescale(state, moved, factor)
             self.softmax.round(state)
-            by_column = cute.make_ordered_layout((config.head_dim_v, WARP_KEYS), order=(1, 0))
-            self._multiply(state, state.acc_o, state.p, cute.composition(s_v, by_column), True)
+            s_vt = cute.composition(
+                shared.v, cute.make_ordered_layout((config.head_dim_v, config.tile_n, config.slots), order=(1, 0, 2))
+            )
+            self._multiply(state, state.acc_o, state.p, s_vt, at.index, True)
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             tiles.release(at)
 
     @cute.jit
-    def _multiply(self, state, acc, a, s_b, transpose: cutlass.Constexpr[bool]):
-        """acc += a b^T with b (columns of acc, depth) in shared memory, read 16 of its depth at a time."""
+    def _multiply(self, state, acc, a, s_b, slot, transpose: cutlass.Constexpr[bool]):
+        """acc += a b^T with b (columns of acc, depth, slot) in shared memory, read 16 of its depth at a time."""
         atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose, 4), self.dtype)
         copy = cute.make_tiled_copy_B(atom, state.mma).get_slice(state.lane)
         t_s = copy.partition_S(s_b)
-        fragment = state.mma.make_fragment_B(state.mma.get_slice(state.lane).partition_B(s_b))
+        fragment = state.mma.make_fragment_B(state.mma.get_slice(state.lane).partition_B(s_b[None, None, 0]))
         r_b = copy.retile(fragment)
         for depth in cutlass.range_constexpr(cute.size(fragment.shape[2])):
-            cute.copy(atom, t_s[None, None, depth], r_b[None, None, depth])
+            cute.copy(atom, t_s[None, None, depth, slot], r_b[None, None, depth])
             cute.gemm(state.mma, acc, a[None, None, depth], fragment[None, None, depth], acc)
 
     @cute.jit
-    def _hide(self, state, s_v, keys, window, rows_q, first_key):
+    def _hide(self, state, s_v, slot, keys, window, rows_q, tile):
         """Hides the scores of keys that their row does not see, and zeros the values that no row sees.
 
-        Those may be anything, and 0 times a NaN would show. first_key: of the warp's.
+        Those may be anything, and 0 times a NaN would show.
         """
+        config = self.config
+        first_key = tile * config.tile_n
         for r in cutlass.range_constexpr(2):
             position = cutlass.min((state.lane // 4 + 8 * r) // self.group, rows_q - 1)
             first, end = visible_keys(position, rows_q, keys.length, window)
             column = first_key + state.lane % 4 * 2
             first, end = first - column, end - column
-            for j in cutlass.range_constexpr(WARP_KEYS // 8):
+            for j in cutlass.range_constexpr(config.tile_n // 8):
                 for c in cutlass.range_constexpr(2):
                     at = 4 * j + 2 * r + c
                     visible = 8 * j + c < end and 8 * j + c >= first
                     state.acc_s[at] = state.acc_s[at] if visible else -Float32.inf
         first, _ = visible_keys(Int32(0), rows_q, keys.length, window)
         _, end = visible_keys(rows_q - 1, rows_q, keys.length, window)
-        pieces = self.config.head_dim_v // 8  # of a row, 16 bytes each
+        pieces = config.head_dim_v // 8  # of a row, 16 bytes each
         zeros = cute.make_rmem_tensor(8, self.dtype)
         zeros.fill(0.0)
-        for at in cutlass.range(state.lane, WARP_KEYS * pieces, 32, unroll=1):
+        for at in cutlass.range(state.lane, config.tile_n * pieces, 32, unroll=1):
             key = first_key + at // pieces
             if key < first or key >= end:
-                cute.autovec_copy(zeros, cute.local_tile(s_v[at // pieces, None], (8,), (at % pieces,)))
+                line = s_v[at // pieces, None, slot]
+                cute.autovec_copy(zeros, cute.local_tile(line, (8,), (at % pieces,)))
         cute.arch.fence_view_async_shared()  # TMA writes there next
         cute.arch.sync_warp()
 

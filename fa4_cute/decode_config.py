@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 WARP_ROWS = 16
 """Query rows of a tile: those of a warp's matrix product."""
 WARPS = 4
-"""Warps that compute, each on keys of its own in every tile."""
-WARP_KEYS = 16
-"""Keys of a tile that are one warp's: the depth of its matrix product with V."""
-TILE_N = WARPS * WARP_KEYS
-"""Keys of a tile."""
+"""Warps that compute, each on key tiles of its own."""
 MAX_SLOTS = 12
 ROOM = 1152
 """Bytes for barriers, words and alignment."""
@@ -28,8 +24,6 @@ BLOCK_COLUMNS = 64
 """What head dimensions have to be multiples of: the columns of the 128-byte swizzle."""
 MOST_CHUNKS = 64
 """Chunks that a sequence has at most."""
-LEAST = 4
-"""Tiles of a chunk at least, but of the last one: ends of chunks take a while."""
 MIN_BOX = 8
 """Rows after which the swizzle repeats, and so the fewest that TMA brings at a time."""
 COUNTED = 2**30
@@ -65,11 +59,12 @@ class DecodeConfig:
     head_dim: int
     head_dim_v: int
     rows: int
+    tile_n: int
     box: int
 
     def __post_init__(self) -> None:
-        if self.slots < 2:
-            raise ValueError(f"{self}: {self.slots} slots fit, too few for one to be filled while another is read")
+        if self.slots < WARPS:
+            raise ValueError(f"{self}: {self.slots} slots fit, fewer than the {WARPS} warps whose tiles they hold")
         if self.columns % 4 or self.columns * self.row_threads != self.head_dim_v:
             raise ValueError(f"{self}: {self.row_threads} threads cannot share a row, 4 columns at a time")
 
@@ -95,7 +90,7 @@ class DecodeConfig:
 
     @property
     def slot_bytes(self) -> int:
-        return 2 * TILE_N * (self.head_dim + self.head_dim_v)
+        return 2 * self.tile_n * (self.head_dim + self.head_dim_v)
 
     @property
     def part_bytes(self) -> int:
@@ -114,8 +109,13 @@ class DecodeConfig:
 
 def config_for(kinds: CacheKinds) -> DecodeConfig:
     """The frozen choice by head dimensions and rows."""
-    box = math.gcd(kinds.page_size, TILE_N)
-    return DecodeConfig(kinds.kinds.head_dim, kinds.kinds.head_dim_v, kinds.rows, box)
+    tile_n = _tile_n(kinds.kinds)
+    box = math.gcd(kinds.page_size, tile_n) if kinds.page_size else tile_n
+    return DecodeConfig(kinds.kinds.head_dim, kinds.kinds.head_dim_v, kinds.rows, tile_n, box)
+
+
+def _tile_n(kinds: Kinds) -> int:
+    return 64 if kinds.head_dim + kinds.head_dim_v <= 256 else 32
 
 
 def missing(problem: CacheProblem) -> tuple[str, ...]:
@@ -148,7 +148,7 @@ def missing(problem: CacheProblem) -> tuple[str, ...]:
 def slots_of(problem: CacheProblem) -> int:
     """Chunks that a sequence of the call may have; `decode_shares.keys_of` makes them."""
     tiles = _most_tiles(problem)
-    return min(problem.num_splits, tiles) if problem.num_splits else min(MOST_CHUNKS, -(-tiles // LEAST))
+    return min(problem.num_splits, tiles) if problem.num_splits else min(MOST_CHUNKS, -(-tiles // WARPS))
 
 
 def _most_tiles(problem: CacheProblem) -> int:
@@ -157,7 +157,7 @@ def _most_tiles(problem: CacheProblem) -> int:
     if attend.kinds.window_left:
         right = attend.window_right if attend.kinds.window_right else keys
         keys = min(keys, attend.window_left + attend.seqlen_q + right)
-    return min(keys, problem.capacity) // TILE_N + 2
+    return min(keys, problem.capacity) // _tile_n(attend.kinds) + 2
 
 
 def parts_of(problem: CacheProblem) -> int:

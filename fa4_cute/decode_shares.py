@@ -1,14 +1,13 @@
 """Which keys a block of the decode kernel works on.
 
 The blocks of one KV head each form a team, which read the same keys at the same time, since the heads of a key lie side
-by side in memory. The key tiles of the long sequences stand in one row, cut into equal shares, one a team. A cut is
-moved to where the nearest chunk of tiles begins, and where chunks begin depends on nothing but the sequence's own
-length: each chunk has a softmax of its own, folded into the sequence's in order, so results depend neither on the batch
-nor on who computed what.
+by side in memory. The key tiles of all sequences stand in one row, cut into equal shares, one a team. A cut is moved to
+where the nearest chunk of tiles begins, and where chunks begin depends on nothing but the sequence's own length: each
+chunk has a softmax of its own, folded into the sequence's in order, so results depend neither on the batch nor on who
+computed what.
 
-Multiprocessors do not read equally fast, by a quarter on an H100. So the sequences that are short beside a share
-(`DRAWN`) are left out of the row, and blocks draw them, whole, when they are through with their shares: all end at
-about the same time.
+Multiprocessors do not read equally fast, by a quarter on an H100. Where sequences are short beside a share (`DRAWN`),
+blocks therefore draw whole ones, as they get there, and all end at about the same time.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 
-from fa4_cute.decode_config import COUNTED, LEAST, MOST_CHUNKS, TILE_N
+from fa4_cute.decode_config import MOST_CHUNKS, WARPS
 from fa4_cute.ranges import Span, Window, key_span
 from fa4_cute.schedule import LANES, sums
 
 DRAWN = 8
-"""How many of a sequence an equal share of all tiles has to hold for it to be drawn: blocks end within so much."""
+"""How many of the longest sequence a share has to hold for sequences to be drawn: the last ones end within so much."""
 
 
 class Calls(NamedTuple):
@@ -67,7 +66,7 @@ class Share(NamedTuple):
 
 
 @cute.jit
-def keys_of(sequence: Int32, calls: Calls, window: Window) -> Keys:
+def keys_of(sequence: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Keys:
     """The keys of a sequence; past the last one, those of the last. Clamped, whatever the device says."""
     length = calls.length
     sequence = cutlass.min(sequence, calls.batch - 1)
@@ -79,11 +78,11 @@ def keys_of(sequence: Int32, calls: Calls, window: Window) -> Keys:
     if const_expr(calls.leftpad is not None):
         pad = cutlass.min(cutlass.max(calls.leftpad[sequence], 0), length)
     length -= pad
-    span = key_span(Int32(0), calls.rows_q, calls.rows_q, length, window, TILE_N)
+    span = key_span(Int32(0), calls.rows_q, calls.rows_q, length, window, tile_n)
     tiles = cutlass.max(span.end - span.begin, 1)
-    # A power of two, LEAST at least: up to 32 chunks of up to 16 tiles, and then more chunks.
+    # A power of two, and at least a tile a warp: up to 32 chunks of up to 16 tiles, and then more chunks.
     least = cutlass.max(cutlass.min(cute.ceil_div(tiles, 32), 16), cute.ceil_div(tiles, MOST_CHUNKS))
-    log = 32 - Int32(cute.arch.clz(cutlass.max(least, LEAST) - 1))
+    log = 32 - Int32(cute.arch.clz(cutlass.max(least, WARPS) - 1))
     chunk = Int32(1) << log
     if calls.wanted > 0:
         chunk = cute.ceil_div(tiles, calls.wanted)
@@ -100,79 +99,57 @@ def chunks_in(tiles: Int32, keys: Keys, calls: Calls) -> Int32:
 
 
 @cute.jit
-def next_shared(sequence: Int32, drawn: Int32, calls: Calls, window: Window) -> tuple[Int32, Keys]:
-    """The first sequence from here on that is not drawn, and its keys; drawn as in `find_share`."""
-    keys = keys_of(sequence, calls, window)
-    while keys.tiles <= drawn and sequence < calls.batch:
-        sequence += 1
-        keys = keys_of(sequence, calls, window)
-    return sequence, keys
+def tiles_there(sequence: Int32, keys: Keys, calls: Calls) -> Int32:
+    """Tiles of a sequence, whose keys these are; none past the last one."""
+    return keys.tiles if sequence < calls.batch else Int32(0)
 
 
 @cute.jit
-def find_share(team: Int32, teams: Int32, calls: Calls, window: Window) -> tuple[Share, Int32]:
-    """A team's share, and the most tiles of a sequence that is drawn, 0 where none is; called by a whole warp.
+def find_share(
+    team: Int32, teams: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]
+) -> tuple[Share, Boolean]:
+    """The first share of a team, and whether it draws more of them; called by a whole warp.
 
     Its lanes look at 32 sequences at a time.
     """
     lane = cute.arch.lane_idx()
-    total, shortest, tiles = Int32(0), COUNTED, Int32(0)
+    total, longest, tiles = Int32(0), Int32(0), Int32(0)
     for base in cutlass.range(0, calls.batch, LANES, unroll=1):
-        keys = keys_of(base + lane, calls, window)
-        tiles = keys.tiles if base + lane < calls.batch else Int32(0)
+        keys = keys_of(base + lane, calls, window, tile_n)
+        tiles = tiles_there(base + lane, keys, calls)
         total += tiles
-        shortest = cutlass.min(shortest, keys.tiles)
-    total, shortest = cute.arch.warp_redux_sync(total, "add"), cute.arch.warp_redux_sync(shortest, "min")
-    drawn = Int32(Float32(total) * cute.arch.rcp_approx(Float32(DRAWN * teams)))
-    if shortest > drawn:
-        drawn = Int32(0)
+        longest = cutlass.max(longest, keys.tiles)
+    total, longest = cute.arch.warp_redux_sync(total, "add"), cute.arch.warp_redux_sync(longest, "max")
+    share, drawn = Share(team, Int32(0), Int32(0)), Float32(longest) * DRAWN * Float32(teams) <= Float32(total)
+    if drawn:
+        share = Share(team, Int32(0), tiles_there(team, keys_of(team, calls, window, tile_n), calls))
     else:
-        total = Int32(0)
-        for base in cutlass.range(0, calls.batch, LANES, unroll=1):
-            tiles = _shared_tiles(base + lane, drawn, calls, window)
-            total += tiles
-        total = cute.arch.warp_redux_sync(total, "add")
-    share = Share(Int32(0), Int32(0), Int32(0))
-    if total > 0:
         first, last = _cut(total, team, teams), _cut(total, team + 1, teams)
-        share = _between(first, last, tiles, drawn, calls, window)
+        share = _between(first, last, tiles, calls, window, tile_n)
     return share, drawn
 
 
 @cute.jit
-def _shared_tiles(sequence: Int32, drawn: Int32, calls: Calls, window: Window) -> Int32:
-    """Tiles of a sequence in the row of those that are shared; none of one that is drawn, or past the last one."""
-    keys = keys_of(sequence, calls, window)
-    return keys.tiles if sequence < calls.batch and keys.tiles > drawn else Int32(0)
-
-
-@cute.jit
 def _cut(total: Int32, team: Int32, teams: Int32) -> Int32:
-    """About team / teams of the tiles, the same for every block that asks; whole numbers take a division longer."""
+    """About team / teams of all tiles, the same for every block that asks; whole numbers take a division longer."""
     cut = Int32(Float32(total) * (Float32(team) * cute.arch.rcp_approx(Float32(teams))))
     return cut if team < teams else total
 
 
 @cute.jit
 def _between(
-    first: Int32,
-    last: Int32,
-    tiles: Int32,
-    drawn: Int32,
-    calls: Calls,
-    window: Window,
+    first: Int32, last: Int32, tiles: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]
 ) -> Share:
-    """The share between the chunks that begin nearest to two places in the row of shared tiles; by a whole warp.
+    """The share between the chunks that begin nearest to two places in the row of all tiles; by a whole warp.
 
-    tiles: of the lane's sequence, if there are no more sequences than lanes. The share may begin at the end of a
-    sequence, which is the beginning of the next one that is shared.
+    tiles: of the lane's sequence, if there are no more sequences than lanes.
     """
     lane = cute.arch.lane_idx()
     counted = Int32(0)
     first_sequence, before_first, last_sequence, before_last = Int32(0), Int32(0), Int32(0), Int32(0)
     for base in cutlass.range(0, calls.batch, LANES, unroll=1):
         if calls.batch > LANES:
-            tiles = _shared_tiles(base + lane, drawn, calls, window)
+            tiles = tiles_there(base + lane, keys_of(base + lane, calls, window, tile_n), calls)
         before, sum_all = sums(tiles)
         end = counted + before + tiles
         exists = base + lane < calls.batch
@@ -185,20 +162,20 @@ def _between(
         last_sequence += passed
         before_last = there if passed > 0 else before_last
         counted += sum_all
-    first_sequence, tile, begin = _nearest_chunk(first_sequence, before_first, first, calls, window)
-    _, _, end = _nearest_chunk(last_sequence, before_last, last, calls, window)
+    first_sequence, tile, begin = _nearest_chunk(first_sequence, before_first, first, calls, window, tile_n)
+    _, _, end = _nearest_chunk(last_sequence, before_last, last, calls, window, tile_n)
     return Share(first_sequence, tile, end - begin)
 
 
 @cute.jit
 def _nearest_chunk(
-    sequence: Int32, before: Int32, at: Int32, calls: Calls, window: Window
+    sequence: Int32, before: Int32, at: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]
 ) -> tuple[Int32, Int32, Int32]:
-    """Where the chunk nearest to tile `at` begins, in a sequence whose tiles begin at `before`, or after it.
+    """Where the chunk nearest to tile `at` begins, in a sequence whose tiles begin at `before`, or in the next one.
 
-    Returns (sequence, tile in it, its place among all tiles that are shared).
+    Returns (sequence, tile in it, its place among all tiles).
     """
-    keys = keys_of(sequence, calls, window)
+    keys = keys_of(sequence, calls, window, tile_n)
     tile = (at - before + keys.chunk // 2) & -keys.chunk
     if calls.wanted > 0:
         tile = (at - before + keys.chunk // 2) // keys.chunk * keys.chunk

@@ -40,13 +40,13 @@ class Softmax:
         near = Boolean(False)
         if const_expr(self.kinds.softcap):
             if state.cap.unit != 1.0:
-                for at in cutlass.range_constexpr(cute.size(state.acc_s)):
+                for at in cutlass.range_constexpr(self.config.tile_n // 2):
                     state.acc_s[at] = state.acc_s[at] * state.cap.unit
             if const_expr(masked):
-                for at in cutlass.range_constexpr(cute.size(state.acc_s)):
+                for at in cutlass.range_constexpr(self.config.tile_n // 2):
                     state.acc_s[at] = cute.arch.fmax(state.acc_s[at], state.cap.lowest, nan=True)
             else:
-                near = all_near([state.acc_s[at] for at in range(cute.size(state.acc_s))], state.cap)
+                near = all_near([state.acc_s[at] for at in range(self.config.tile_n // 2)], state.cap)
         return near
 
     @cute.jit
@@ -115,13 +115,13 @@ class Softmax:
 
     def _row(self, state, r: int) -> list:
         """The thread's scores of its row r."""
-        return [state.acc_s[at // 2 * 4 + 2 * r + at % 2] for at in range(cute.size(state.acc_s) // 2)]
+        return [state.acc_s[at // 2 * 4 + 2 * r + at % 2] for at in range(self.config.tile_n // 4)]
 
     @cute.jit
     def round(self, state):
         """P in 16 bits, where wgmma reads it; its elements lie as those of S."""
         pairs = cute.recast_tensor(state.p, Int32)
-        for at in cutlass.range_constexpr(cute.size(state.acc_s) // 2):
+        for at in cutlass.range_constexpr(self.config.tile_n // 4):
             pairs[at] = pack(state.acc_s[2 * at], state.acc_s[2 * at + 1], self.dtype)
 
     @cute.jit

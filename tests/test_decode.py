@@ -194,7 +194,7 @@ def test_every_configuration_covers_every_column_and_row(few, dims):
         ]  # fmt: skip
         assert sorted(columns) == list(range(head_dim_v))
         assert 32 * decode_config.WARPS // config.row_threads >= few
-        assert decode_config.TILE_N % config.box == 0
+        assert config.tile_n % config.box == 0
         assert config.shared_bytes <= decode_config.SHARED_LIMIT
 
 

@@ -113,26 +113,17 @@ def test_a_row_depends_on_its_own_sequence_alone_bit_for_bit():
 
 
 @pytest.mark.parametrize("kinds", ["plain-128-gqa", "page-16-64-causal-sink"])
-@pytest.mark.parametrize(
-    ("lengths", "drawn_of_programs"),
-    [
-        # On few multiprocessors, of which each has many sequences to do, against one share for each of many.
-        ([(17 * b) % 130 for b in range(37)], {2: 37, 5: 37, 60: 0}),
-        # The long ones, which several share, between short ones, first and last.
-        ([30, 900, 64, 0, 2100, 1700, 100, 700, 5, 129, 40], {2: 8, 6: 7, 40: 0}),
-        ([2500] + [60] * 40, {2: 40, 14: 40, 30: 0}),
-    ],
-)
-def test_short_sequences_are_drawn_and_give_the_same_bits(kinds, lengths, drawn_of_programs):
+def test_many_short_sequences_are_drawn_and_give_the_same_bits(kinds):
+    """On few multiprocessors, of which each has many sequences to do, against one share for each of many."""
+    lengths = [(17 * b) % 130 for b in range(37)]
     tensors, options, dense, plain = call_of(KINDS[kinds], lengths, 1, 3)
     tiles = [max(1, -(-n // 64)) for n in lengths]
     results = []
-    for programs, drawn in drawn_of_programs.items():
-        assert sum(DRAWN * (programs // 2) * n <= sum(tiles) for n in tiles) == drawn
+    for programs, drawn in ((2, True), (5, True), (60, False)):
+        assert (max(tiles) <= sum(tiles) // (programs // 2) // DRAWN) is drawn
         results.append(run(tensors, options, programs=programs, seed=programs))
-    out, lse = results[0]
-    require(out, lse, expected(*dense, **plain))
-    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, (out, lse)))
+    require(*results[0], expected(*dense, **plain))
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0]))
 
 
 def test_splits_that_are_asked_for_equal_the_whole():
@@ -144,10 +135,11 @@ def test_splits_that_are_asked_for_equal_the_whole():
         torch.testing.assert_close(out, whole, rtol=2e-2, atol=2e-3)
 
 
-def test_the_ring_of_tiles_holds_through_laps_of_one_chunk():
-    """Four laps in which no warp waits for another, in copies that end out of turn.
+def test_no_warp_waits_two_laps_ahead_in_the_ring_of_tiles():
+    """One long chunk, so that no warp ever waits for another: four laps of the ring, in copies that end out of turn.
 
-    A parity tells laps apart by twos: a warp that waits for some tiles alone may take an older copy for its own.
+    A parity tells laps apart by twos. A warp that waited for its tile alone, and not for the one before it in its slot,
+    took an older copy for its own under 6 of these 8 schedules.
     """
     tensors, options, dense, plain = call_of({"dim": 128, "group": 4}, [1500], 1, 0)
     want = expected(*dense, **plain)
