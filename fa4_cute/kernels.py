@@ -29,12 +29,20 @@ def missing(kinds: Kinds, arch: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def config(kinds: Kinds, arch: str) -> sm90_config.Sm90Config | sm100_config.Sm100Config:
-    """The tiles and budgets of a kind's forward."""
+def config(kinds: Kinds, arch: str, long: bool = False) -> sm90_config.Sm90Config | sm100_config.Sm100Config:
+    """The tiles and budgets of a kind's forward; long as in `forms`."""
     if arch == "sm_90a":
-        return sm90_config.config_for(kinds)
+        return sm90_config.config_for(kinds, long)
     capability = next(capability for capability, name in ARCHITECTURES.items() if name == arch)
     return sm100_config.config_for(kinds, capability)
+
+
+def forms(kinds: Kinds, arch: str) -> tuple[bool, ...]:
+    """The forms in which a kind's forward is compiled: for any rows, and one for long ones where that differs.
+
+    They give the same bits.
+    """
+    return (False,) if config(kinds, arch, True) == config(kinds, arch) else (False, True)
 
 
 class Items(NamedTuple):
@@ -62,20 +70,27 @@ def drawn(kinds: Kinds) -> bool:
     return kinds.uneven
 
 
-def forward(kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool, arch: str) -> Callable[..., None]:
-    """A kind's compiled forward, from the cache or compiled now (some seconds); arguments as `params` lists them."""
-    key = f"forward {arch} {kinds} {sink_dtype} {counted}"
-    return cache.get(key, functools.partial(_compile_forward, kinds, sink_dtype, counted, arch))
+def forward(
+    kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool, arch: str, long: bool = False
+) -> Callable[..., None]:
+    """A kind's compiled forward, from the cache or compiled now (some seconds); arguments as `params` lists them.
+
+    long: one of `forms`.
+    """
+    key = f"forward {arch} {kinds} {sink_dtype} {counted} {long}"
+    return cache.get(key, functools.partial(_compile_forward, kinds, sink_dtype, counted, arch, long))
 
 
-def _compile_forward(kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool, arch: str) -> Callable[..., None]:
+def _compile_forward(
+    kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool, arch: str, long: bool
+) -> Callable[..., None]:
     import cutlass.cute as cute
 
     from fa4_cute.params import fake_arguments
 
     module, name = ("sm90_forward", "Sm90Forward") if arch == "sm_90a" else ("sm100_forward", "Sm100Forward")
     kernel = getattr(importlib.import_module(f"fa4_cute.{module}"), name)
-    host = kernel(kinds, config(kinds, arch), counted)
+    host = kernel(kinds, config(kinds, arch, long), counted)
     options = f"--enable-tvm-ffi --gpu-arch {arch}"
     return cute.compile(host, *fake_arguments(kinds, sink_dtype, counted), options=options)
 

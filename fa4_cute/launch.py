@@ -16,6 +16,7 @@ from fa4_core.problem import Inputs, Kinds, Problem
 from fa4_core.reserve import Reserve
 from fa4_cute import kernels
 from fa4_cute.alignment import ALIGNMENT, has_aligned_rows
+from fa4_cute.sm90_config import LONG
 
 COUNTED = 2**30
 """Rows and work items that kernels can number: sums of two stay within 32 bits."""
@@ -49,7 +50,7 @@ def _prepared(problem: Problem, sink_dtype: torch.dtype | None, counted: bool) -
     if not problem.total_q or not problem.total_k:
         return lambda tensors, counts=None: (make_out().zero_(), _unseen(make_lse(), problem, Inputs(*tensors)))
     wide_sink = sink_dtype == torch.float64  # which no kernel reads
-    kernel = _kernel(kinds, torch.float32 if wide_sink else sink_dtype, counted, device)
+    kernel = _kernel(kinds, torch.float32 if wide_sink else sink_dtype, counted, device, _is_long(problem))
     numbers, draws = _numbers(problem), kernels.drawn(kinds)
     copies = not all(has_aligned_rows(stride, kinds.dtype.itemsize) for stride in problem.strides)
 
@@ -74,9 +75,24 @@ def _unseen(lse: Tensor, problem: Problem, inputs: Inputs) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
-def _kernel(kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool, device: torch.device) -> Callable[..., None]:
-    """The compiled kernel; kept a device, since a loaded kernel may belong to the device it was first launched on."""
-    return kernels.forward(kinds, sink_dtype, counted, architecture_of(device))
+def _kernel(
+    kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool, device: torch.device, long: bool
+) -> Callable[..., None]:
+    """The compiled kernel; kept a device, since a loaded kernel may belong to the device it was first launched on.
+
+    Every form is made at once, so that no later call compiles because it is longer.
+    """
+    arch = architecture_of(device)
+    made = {form: kernels.forward(kinds, sink_dtype, counted, arch, form) for form in kernels.forms(kinds, arch)}
+    return made.get(long, made[False])
+
+
+def _is_long(problem: Problem) -> bool:
+    """Whether rows may see LONG keys; of packed sequences, if they are equally long."""
+    keys = problem.seqlen_k // problem.batch if problem.kinds.varlen else problem.seqlen_k
+    if problem.kinds.window_left and problem.kinds.window_right:
+        keys = min(keys, problem.window_left + problem.window_right)
+    return keys >= LONG
 
 
 def architecture_of(device: torch.device) -> str:

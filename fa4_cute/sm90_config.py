@@ -19,6 +19,8 @@ REGISTERS = 65536
 TURN_BARRIER, EPILOGUE_BARRIER, RAGGED_BARRIER = 1, 5, 9
 """Named barriers: the first by which warpgroups take turns, each one's of its own at an item's end, and all consumers'
 behind a sequence's last keys. Barrier 0 is the block's."""
+LONG = 4096
+"""Keys of a row from which on Q's load need not overlap the output's store, which costs more than it saves there."""
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -122,12 +124,15 @@ class Sm90Config:
         return 2 * (q + out + kv) + 2048
 
 
-def config_for(kinds: Kinds) -> Sm90Config:
+def config_for(kinds: Kinds, long: bool = False) -> Sm90Config:
     """The frozen choice by head dimensions and group (docs/performance.md has the measurements).
 
-    Packed are groups that divide a warpgroup's rows, so that these are whole positions.
+    Packed are groups that divide a warpgroup's rows, so that these are whole positions. long: for rows that see LONG
+    keys and more; with one Q slot the output then leaves through Q's. Results do not depend on it, to the bit.
     """
     tiles = _tiles_for(_padded(kinds.head_dim), _padded(kinds.head_dim_v), kinds)
+    if long:
+        tiles = replace(tiles, out_columns=0)
     return replace(tiles, packed=kinds.group if WARPGROUP_ROWS % kinds.group == 0 else 1)
 
 

@@ -18,7 +18,7 @@ import fa4_cute
 from dispatch import attention, attention_with_kvcache, explain
 from fa4_core.commands import warm
 from fa4_core.problem import Inputs, Kinds, make_problem
-from fa4_cute import cache, kernels, sm90_config, sm100_config
+from fa4_cute import cache, kernels, launch, sm90_config, sm100_config
 
 has_dsl = importlib.util.find_spec("cutlass") is not None
 needs_dsl = pytest.mark.skipif(not has_dsl, reason="needs the package nvidia-cutlass-dsl")
@@ -404,6 +404,41 @@ def test_a_decode_step_finds_its_kernel_warmed(requested, group, page):
         attention_with_kvcache(q, k, k, cache_seqlens=seqlens, causal=causal, backend="cute", **where)
     assert len(set(requested)) == len(requested) == 4
     assert set(requested) <= warmed
+
+
+@needs_dsl
+def test_a_kernels_forms_are_made_by_its_first_call_and_warmed(requested, monkeypatch):
+    """A call that is longer than those before it waits for no compiler."""
+    for name in ("_prepared", "_kernel"):
+        monkeypatch.setattr(launch, name, functools.cache(getattr(launch, name).__wrapped__))
+    warm.run_warm([256], ["bfloat16"], [1], [], "sm_90a")
+    warmed = set(requested)
+    assert len(warmed) == len(requested) == 2 * 2 * 2
+    requested.clear()
+    q = torch.zeros(1, 1, 2, 256, dtype=torch.bfloat16)
+    for keys in (5, 300, 5000, 20000):
+        k = torch.zeros(1, keys, 2, 256, dtype=torch.bfloat16)
+        attention(q, k, k, backend="cute")
+        assert set(requested) <= warmed
+        assert len(set(requested)) == 2
+
+
+@pytest.mark.parametrize(
+    ("seqlen_k", "window", "long"),
+    [(4095, {}, False), (4096, {}, True), (9999, {"window_left": 100}, True),
+     (9999, {"window_left": 100, "window_right": 0}, False), (9999, {"window_left": 4000, "window_right": 96}, True)],
+)  # fmt: skip
+def test_long_is_what_rows_may_see(seqlen_k, window, long):
+    q, k = torch.zeros(2, 7, 1, 64, dtype=torch.bfloat16), torch.zeros(2, seqlen_k, 1, 64, dtype=torch.bfloat16)
+    assert launch._is_long(make_problem(Inputs(q, k, k), **window)) is long
+
+
+def test_packed_sequences_are_long_on_average():
+    k = torch.zeros(3 * 4096, 1, 64, dtype=torch.bfloat16)
+    for lengths, long in (([0, 4096, 4096 * 3], True), ([0, 1, 2, 4096 * 3], True), ([0, 1, 2, 3, 4096 * 3], False)):
+        bounds = torch.tensor(lengths, dtype=torch.int32)
+        inputs = Inputs(k, k, k, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+        assert launch._is_long(make_problem(inputs, max_seqlen_q=4096 * 3, max_seqlen_k=4096 * 3)) is long
 
 
 @needs_dsl

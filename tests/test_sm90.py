@@ -51,6 +51,19 @@ def test_the_output_has_shared_memory_of_its_own_where_q_has_one_slot_and_it_fit
     assert (config.q_slots, config.out_columns) == (1, columns)
 
 
+@pytest.mark.parametrize("options", [{}, {"window_right": 0}, {"softcap": 3.0}])
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "forms"),
+    [(64, 64, 1), (96, 96, 1), (128, 128, 1), (192, 128, 2), (160, 64, 2), (192, 192, 1), (256, 256, 2), (256, 72, 2)],
+)
+def test_long_rows_have_a_form_of_their_own_where_q_has_one_slot(head_dim, head_dim_v, forms, options):
+    """It differs in how the output leaves, and in nothing that results depend on."""
+    kind = kinds(head_dim, head_dim_v, **options)
+    assert kernels.forms(kind, "sm_90a") == (False, True)[:forms]
+    assert kernels.forms(kind, "sm_100a") == (False,)
+    assert config_for(kind, long=True) == replace(config_for(kind), out_columns=0)
+
+
 def test_output_columns_that_leave_a_rest_are_refused():
     with pytest.raises(ValueError, match="out_columns have to divide head_dim_v"):
         Sm90Config(192, 192, tile_n=64, q_slots=1, out_columns=128)
@@ -160,14 +173,17 @@ CODE = {
 
 @needs_dsl
 @needs_triton
-@pytest.mark.parametrize("name", CODE)
-def test_machine_code_spills_nothing_and_keeps_to_each_roles_registers(name):
+@pytest.mark.parametrize(
+    ("name", "long"), [(name, long) for name, (kind, _) in CODE.items() for long in kernels.forms(kind, "sm_90a")]
+)
+def test_machine_code_spills_nothing_and_keeps_to_each_roles_registers(name, long):
     """No local memory, no product waited for by itself; no register index reaches its role's budget."""
     from emulator.cute_backend import FACTORIES
     from emulator.cute_compile import Request, compile_kernel
 
     kind, sink = CODE[name]
-    kept = compile_kernel(Request("sm_90a", FACTORIES["sm_90a"], (kind, None, False), (kind, sink, False)))
+    config = config_for(kind, long=True) if long else None
+    kept = compile_kernel(Request("sm_90a", FACTORIES["sm_90a"], (kind, config, False), (kind, sink, False)))
     usage = disassembled(kept, "cuobjdump", "-res-usage")
     assert re.search(r"STACK:0 .*LOCAL:0", usage), usage
     code = disassembled(kept, "nvdisasm", "-c")

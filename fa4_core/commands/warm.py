@@ -79,8 +79,10 @@ def run_warm(
     for head_dim, dtype, group, causal in itertools.product(head_dims, dtypes, groups, (False, True)):
         for varlen in (False, True):
             kinds = _forward_kinds(-(-head_dim // 8) * 8, DTYPES[dtype], group, varlen, causal)
-            compiled = functools.partial(kernels.forward, kinds, None, False, arch)
-            wanted.append(_Kernel(f"forward {head_dim}, {dtype}", kernels.missing(kinds, arch), compiled))
+            lacks = kernels.missing(kinds, arch)
+            for form in kernels.forms(kinds, arch) if not lacks else (False,):
+                compiled = functools.partial(kernels.forward, kinds, None, False, arch, form)
+                wanted.append(_Kernel(f"forward {head_dim}, {dtype}", lacks, compiled))
         for page in pages:
             step = _decode_step(head_dim, DTYPES[dtype], group, page, causal)
             compiled = functools.partial(_compile_decode, step, arch)

@@ -117,9 +117,10 @@ def emulated_cute(
         counters.append(torch.zeros(2, dtype=torch.int32))
         return counters[-1]
 
-    def compiled(kinds, sink_dtype, counted, device):
-        chosen = config or kernels.config(kinds, arch)
-        request = Request(arch, FACTORIES[arch], (kinds, config, counted), (kinds, sink_dtype, counted))
+    def compiled(kinds, sink_dtype, counted, device, long):
+        chosen = config or kernels.config(kinds, arch, long)
+        given = chosen if long else config  # what the kernel chooses by itself has been compiled elsewhere
+        request = Request(arch, FACTORIES[arch], (kinds, given, counted), (kinds, sink_dtype, counted))
         options = {"dynamic_shared": chosen.shared_bytes, "tolerate": (), **machine}
 
         def call(*arguments) -> None:
@@ -134,7 +135,7 @@ def emulated_cute(
     places: dict[tuple[Any, str], Any] = {
         (fa4_cute, "_unavailable"): lambda device: None,
         (kernels, "architecture"): lambda device: arch,
-        (kernels, "config"): (lambda kinds, arch: config) if config else kernels.config,
+        (kernels, "config"): (lambda kinds, arch, long=False: config) if config else kernels.config,
         (launch, "_kernel"): compiled,
         (launch, "_prepared"): launch._prepared.__wrapped__,
         (ops, "_call_of"): ops._call_of.__wrapped__,

@@ -25,6 +25,7 @@ from simulation import visited_by_warpgroups  # noqa: E402
 from fa4_core.checks import check_forward  # noqa: E402
 from fa4_core.problem import Inputs, make_problem  # noqa: E402
 from fa4_core.strategies import Case  # noqa: E402
+from fa4_cute import launch  # noqa: E402
 from fa4_cute.sm90_config import config_for  # noqa: E402
 
 from . import cute_backend  # noqa: E402
@@ -118,6 +119,30 @@ def test_groups_of_any_size(case):
     call = case.build("cpu")
     with emulated_cute(ARCH, seed=1):
         check_forward(attention, call.q, call.k, call.v, **call.options).require()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(bf16, 256, 256, heads_q=2, lengths=((300, 340),)),
+        Case(bf16, 192, 128, heads_q=4, heads_kv=2, lengths=((140, 300), (9, 20)), varlen=True, causal=True),
+    ],
+    ids=["256", "192 varlen"],
+)
+def test_the_form_for_long_rows_gives_the_same_bits(case, monkeypatch):
+    """Several work items a block, so that Q's slot and the output's are used anew."""
+    call, seen = case.build("cpu"), []
+
+    def ran(request, result):
+        seen.append(request)
+
+    with emulated_cute(ARCH, seed=1, observe=ran):
+        usual = attention(call.q, call.k, call.v, return_lse=True, **call.options)
+        monkeypatch.setattr(launch, "LONG", 1)
+        long = attention(call.q, call.k, call.v, return_lse=True, **call.options)
+        check_forward(attention, call.q, call.k, call.v, **call.options).require()
+    assert seen[0] != seen[1] == seen[2]
+    assert all(map(torch.equal, usual, long))
 
 
 @pytest.mark.parametrize(("group", "longest"), [(1, 500), (3, 300), (8, 200), (64, 60)])
