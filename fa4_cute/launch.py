@@ -89,7 +89,7 @@ def _kernel(
 
 def _is_long(problem: Problem) -> bool:
     """Whether rows may see LONG keys; of packed sequences, if they are equally long."""
-    keys = problem.seqlen_k // problem.batch if problem.kinds.varlen else problem.seqlen_k
+    keys = problem.seqlen_k // max(problem.batch, 1) if problem.kinds.varlen else problem.seqlen_k
     if problem.kinds.window_left and problem.kinds.window_right:
         keys = min(keys, problem.window_left + problem.window_right)
     return keys >= LONG

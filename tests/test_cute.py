@@ -435,7 +435,12 @@ def test_long_is_what_rows_may_see(seqlen_k, window, long):
 
 def test_packed_sequences_are_long_on_average():
     k = torch.zeros(3 * 4096, 1, 64, dtype=torch.bfloat16)
-    for lengths, long in (([0, 4096, 4096 * 3], True), ([0, 1, 2, 4096 * 3], True), ([0, 1, 2, 3, 4096 * 3], False)):
+    for lengths, long in (
+        ([0, 4096, 4096 * 3], True),
+        ([0, 1, 2, 4096 * 3], True),
+        ([0, 1, 2, 3, 4096 * 3], False),
+        ([0], True),  # no sequence, only rows past the last one
+    ):
         bounds = torch.tensor(lengths, dtype=torch.int32)
         inputs = Inputs(k, k, k, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
         assert launch._is_long(make_problem(inputs, max_seqlen_q=4096 * 3, max_seqlen_k=4096 * 3)) is long

@@ -291,7 +291,8 @@ def captured_first(backend, decodes):
     # From now on counters are there ahead, and no replay has to zero any.
     device = q.device
     if decodes:
-        free, counters = lambda: work_space._reserves[device].free.numel(), 3 * 2
+        # One a sequence and KV head, and the two by which blocks of the cute backend draw sequences.
+        free, counters = lambda: work_space._reserves[device].free.numel(), 3 * 2 + 2 * (backend == "cute")
     else:
         from fa4_cute import launch
 

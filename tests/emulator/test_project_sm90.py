@@ -121,6 +121,16 @@ def test_groups_of_any_size(case):
         check_forward(attention, call.q, call.k, call.v, **call.options).require()
 
 
+def test_a_batch_of_no_sequence_has_rows_of_zeros():
+    """All rows are past the last sequence, which ends where it begins."""
+    call = Case(bf16, 64, 64, heads_q=2, lengths=(), varlen=True, tail=(3, 5)).build("cpu")
+    with emulated_cute(ARCH):
+        out, lse = attention(call.q, call.k, call.v, return_lse=True, **call.options)
+    assert out.shape == (3, 2, 64)
+    assert not out.any()
+    assert lse.isneginf().all()
+
+
 @pytest.mark.parametrize(
     "case",
     [
