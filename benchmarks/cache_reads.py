@@ -40,8 +40,8 @@ class Variant:
 
     deal: "ranges", equal ones, a block; "turns", item by item; "drawn", from a counter, as blocks get there. chunk:
     tiles of an item. heads: KV heads whose rows a tile holds. slots: tiles on their way. store: bytes of a part that is
-    stored after each item. keep: the part with L2's evict_last. discard: the part is given up before L2 writes it back.
-    once: tiles with L2's evict_first.
+    stored after each item. keep: the part with L2's evict_last. late: items after which a part is discarded from L2,
+    before which that may have written it back; -1 for never. once: tiles with L2's evict_first.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Variant:
     slots: int = 6
     store: int = 0
     keep: bool = False
-    discard: bool = False
+    late: int = -1
     once: bool = False
 
 
@@ -65,7 +65,10 @@ VARIANTS = (
     *(Variant(f"drawn by {n}, small parts", "drawn", n, store=512) for n in (4, 8, 16)),
     *(Variant(f"drawn by {n}, parts kept", "drawn", n, store=4096, keep=True) for n in (4, 8)),
     *(Variant(f"drawn by {n}, parts kept, tiles once", "drawn", n, store=4096, keep=True, once=True) for n in (4, 8)),
-    *(Variant(f"drawn by {n}, parts discarded", "drawn", n, store=4096, discard=True) for n in (4, 8)),
+    *(Variant(f"drawn by {n}, parts discarded", "drawn", n, store=4096, late=0) for n in (4, 8)),
+    *(Variant(f"drawn by 4, discarded {n} late", "drawn", 4, store=4096, late=n) for n in (1, 2, 4)),
+    *(Variant(f"drawn by 4, kept, discarded {n} late", "drawn", 4, store=4096, keep=True, late=n) for n in (1, 2, 4)),
+    Variant("drawn by 4, kept, discarded 2 late, tiles once", "drawn", 4, store=4096, keep=True, late=2, once=True),
 )
 CASES = {
     "B1 S32768 H8": (1, 32768, 8),
@@ -109,10 +112,14 @@ def ptx(variant: Variant) -> str:
     mul.wide.u32 %part, %item, {variant.store}; add.u64 %part, %part, %parts;
     cp.async.bulk.global.shared::cta.bulk_group{keep} [%part], [%ring], {variant.store}{kept};
     cp.async.bulk.commit_group;"""
-        if variant.discard:
-            store += "\n    cp.async.bulk.wait_group 0;" + "".join(
-                f"\n    discard.global.L2 [%part+{at}], 128;" for at in range(0, variant.store, 128)
-            )
+        if variant.late >= 0:
+            given_up = f"%before{variant.late}"
+            shifts = (f"\n    mov.u64 %before{n}, %before{n - 1};" for n in range(variant.late, 0, -1))
+            discards = (f"\n    discard.global.L2 [{given_up}+{at}], 128;" for at in range(0, variant.store, 128))
+            store += f"""{"".join(shifts)}
+    mov.u64 %before0, %part; setp.eq.u64 %p, {given_up}, 0; @%p bra STORED;
+    cp.async.bulk.wait_group {variant.late};{"".join(discards)}
+STORED:"""
     return f"""
 .version 8.4
 .target sm_90a
@@ -124,12 +131,12 @@ def ptx(variant: Variant) -> str:
     .reg .pred %p;
     .reg .b32 %n, %block, %blocks, %team, %teams, %groups, %tiles, %of_sequence, %items, %item, %drawn, %tile, %end;
     .reg .b32 %head, %first_head, %sequence, %row, %zero, %issued, %index, %lap, %bars, %ring, %full, %slot, %to;
-    .reg .b64 %k, %v, %counter, %parts, %part, %times, %at, %begun, %ended, %once, %kept;
+    .reg .b64 %k, %v, %counter, %parts, %part, %times, %at, %begun, %ended, %once, %kept, %before<{variant.late + 2}>;
     mov.u32 %n, %tid.x; setp.ne.u32 %p, %n, 0; @%p bra DONE;
     ld.param.u64 %k, [p_k]; ld.param.u64 %v, [p_v]; ld.param.u32 %groups, [p_groups]; ld.param.u32 %tiles, [p_tiles];
     ld.param.u32 %of_sequence, [p_sequence_tiles]; ld.param.u64 %times, [p_times];
     ld.param.u64 %counter, [p_counter]; ld.param.u64 %parts, [p_parts];
-    mov.u64 %begun, %globaltimer;
+    mov.u64 %begun, %globaltimer;{"".join(f" mov.u64 %before{n}, 0;" for n in range(variant.late + 1))}
     createpolicy.fractional.L2::evict_first.b64 %once, 1.0; createpolicy.fractional.L2::evict_last.b64 %kept, 1.0;
     mov.u32 %block, %ctaid.x; mov.u32 %blocks, %nctaid.x; mov.u32 %zero, 0; mov.u32 %issued, 0;
     div.u32 %team, %block, %groups; div.u32 %teams, %blocks, %groups;
@@ -299,7 +306,7 @@ def main(
     for variant in VARIANTS:
         mine = [row for row in rows if row["name"] == variant.name]
         figures = "  ".join(f"{row['gb_per_s']:5d} ({row['ends_apart_us']:4.0f} us)" for row in mine)
-        typer.echo(f"{variant.name:42s} {figures}")
+        typer.echo(f"{variant.name:46s} {figures}")
     content = {**environment(device), "driver": driver(), "commit": commit(), "rows": rows}
     out.write_text(json.dumps(content, indent=1) + "\n")
     typer.echo(f"wrote {out}")
