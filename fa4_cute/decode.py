@@ -35,7 +35,7 @@ from cutlass.cute.nvgpu import cpasync, warp
 from cutlass.cute.runtime import make_fake_stream
 
 from fa4_cute.decode_config import BLOCK_COLUMNS, WARP_ROWS, WARPS, CacheKinds, DecodeConfig, config_for
-from fa4_cute.decode_shares import Calls, Share, chunks_in, find_share, keys_of, tiles_there
+from fa4_cute.decode_shares import Calls, Share, find_share, first_tile, keys_of, tiles_there
 from fa4_cute.params import DTYPES, Values, fake_numbers, fake_rows
 from fa4_cute.pipelines import Cursor, Ring
 from fa4_cute.ranges import Window, visible_keys
@@ -293,7 +293,7 @@ class Decode:
         if drawn:
             answer = ask(counter)
         at, turn = tiles.start(), draws.start()
-        sequence, tile, left = share
+        sequence, _, tile, left = share
         keys = keys_of(sequence, calls, window, config.tile_n)
         numbers, looked = self._places(maps, tensors, calls, sequence, keys, tile), tile
         boxes_of_tile = config.tile_n // config.box
@@ -388,18 +388,18 @@ class Decode:
         head, _, _ = cute.arch.block_idx()
         place = Place(head, thread // of_row, rows, thread % of_row * 4)
         whole, turn = self._nothing(), draws.start()
-        sequence, tile, n_tiles = share
+        sequence, first_chunk, tile, n_tiles = share
         keys = keys_of(sequence, calls, window, config.tile_n)
         # Whether an earlier team has the sequence's first chunks, and so this block's place among the parts.
         inherited = tile > 0
-        first_sequence, first_tile, first_keys = sequence, tile, keys
+        first_sequence, first_chunks = sequence, keys.chunks
         # Tiles of the share and chunks of the sequence that are done.
-        done, ended = Int32(0), chunks_in(tile, keys, calls)
+        done, ended = Int32(0), first_chunk
         fresh = True
         while done < n_tiles:
             if fresh:
                 self._load_query(state, tensors.q, sequence, place)
-            count = cutlass.min(keys.chunk, keys.tiles - tile)
+            count = first_tile(ended + 1, keys, calls) - tile
             state.acc_o.fill(0.0)
             state.pivot.fill(-Float32.inf)
             state.row_sum.fill(0.0)
@@ -437,15 +437,13 @@ class Decode:
 
         # Sequences that this block shares with others: the one it began within, and the one it ended within; none where
         # sequences are drawn, since these begin and end with tile 0.
-        if first_tile > 0 and n_tiles > 0:
-            end = cutlass.min(first_tile + n_tiles, first_keys.tiles)
-            arrived = chunks_in(end, first_keys, calls) - chunks_in(first_tile, first_keys, calls)
-            chunks = chunks_in(first_keys.tiles, first_keys, calls)
-            self._arrive(tensors, shared, splits, calls, first_sequence, place, heads, arrived, chunks)
+        if first_chunk > 0 and n_tiles > 0:
+            arrived = (ended if sequence == first_sequence else first_chunks) - first_chunk
+            self._arrive(tensors, shared, splits, calls, first_sequence, place, heads, arrived, first_chunks)
         if tile > 0 and n_tiles > 0 and not inherited:
             self._store_part(splits, calls.batch * heads, Int64(sequence) * heads + place.head, Int32(0), place, whole)
-            chunks = chunks_in(keys.tiles, keys, calls)
-            self._arrive(tensors, shared, splits, calls, sequence, place, heads, ended + ended * HELD, chunks)
+            news = ended + ended * HELD
+            self._arrive(tensors, shared, splits, calls, sequence, place, heads, news, keys.chunks)
 
     @cute.jit
     def _load_query(self, state, m_q, sequence, place):

@@ -23,7 +23,7 @@ ROOM = 1152
 BLOCK_COLUMNS = 64
 """What head dimensions have to be multiples of: the columns of the 128-byte swizzle."""
 MOST_CHUNKS = 64
-"""Chunks that a sequence has at most."""
+"""Chunks that a sequence has at most; `decode_shares.keys_of` makes them."""
 MIN_BOX = 8
 """Rows after which the swizzle repeats, and so the fewest that TMA brings at a time."""
 COUNTED = 2**30
@@ -146,7 +146,7 @@ def missing(problem: CacheProblem) -> tuple[str, ...]:
 
 
 def slots_of(problem: CacheProblem) -> int:
-    """Chunks that a sequence of the call may have; `decode_shares.keys_of` makes them."""
+    """Chunks that a sequence of the call may have: of WARPS tiles at least, unless a number was asked for."""
     tiles = _most_tiles(problem)
     return min(problem.num_splits, tiles) if problem.num_splits else min(MOST_CHUNKS, -(-tiles // WARPS))
 

@@ -18,7 +18,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
-from fa4_cute.decode_config import MOST_CHUNKS, WARPS
+from fa4_cute.decode_config import WARPS
 from fa4_cute.ranges import Span, Window, key_span
 from fa4_cute.schedule import LANES, sums
 
@@ -44,23 +44,24 @@ class Calls(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The keys of a sequence: padded rows before them, their number, tiles visited (one at least), tiles of a chunk.
+    """The keys of a sequence: padded rows before them, their number, tiles visited (one at least), chunks of these.
 
-    log: the chunk's binary logarithm, unless a number of chunks was asked for.
+    log: the binary logarithm of the chunks, unless a number of them was asked for.
     """
 
     pad: Int32
     length: Int32
     span: Span
     tiles: Int32
-    chunk: Int32
+    chunks: Int32
     log: Int32
 
 
 class Share(NamedTuple):
-    """A block's work: the sequence and the tile in it that it begins with, and its number of tiles."""
+    """A block's work: the sequence, the chunk and its first tile that it begins with, and its number of tiles."""
 
     sequence: Int32
+    chunk: Int32
     tile: Int32
     tiles: Int32
 
@@ -80,22 +81,26 @@ def keys_of(sequence: Int32, calls: Calls, window: Window, tile_n: cutlass.Const
     length -= pad
     span = key_span(Int32(0), calls.rows_q, calls.rows_q, length, window, tile_n)
     tiles = cutlass.max(span.end - span.begin, 1)
-    # A power of two, and at least a tile a warp: up to 32 chunks of up to 16 tiles, and then more chunks.
-    least = cutlass.max(cutlass.min(cute.ceil_div(tiles, 32), 16), cute.ceil_div(tiles, MOST_CHUNKS))
-    log = 32 - Int32(cute.arch.clz(cutlass.max(least, WARPS) - 1))
-    chunk = Int32(1) << log
+    # A power of two, which divides without a division, and of which teams, too, are often a part: as many as leave
+    # a tile for each warp, up to 32 of 16 tiles, and 64 beyond.
+    log = cutlass.min(31 - Int32(cute.arch.clz(cutlass.max(tiles // WARPS, 1))), 5)
+    if tiles > 32 * 16:
+        log = Int32(6)
+    chunks = Int32(1) << log
     if calls.wanted > 0:
-        chunk = cute.ceil_div(tiles, calls.wanted)
-    return Keys(pad, length, span, tiles, chunk, log)
+        chunks = cutlass.min(calls.wanted, tiles)
+    return Keys(pad, length, span, tiles, chunks, log)
 
 
 @cute.jit
-def chunks_in(tiles: Int32, keys: Keys, calls: Calls) -> Int32:
-    """How many chunks so many tiles make, the last one perhaps in part; a division takes longer than all the rest."""
-    chunks = (tiles + keys.chunk - 1) >> keys.log
+def first_tile(chunk: Int32, keys: Keys, calls: Calls) -> Int32:
+    """Where a chunk begins; chunks of a sequence differ by a tile at most."""
+    each, rest = keys.tiles >> keys.log, keys.tiles & (keys.chunks - 1)
+    more = chunk * rest >> keys.log
     if calls.wanted > 0:
-        chunks = cute.ceil_div(tiles, keys.chunk)
-    return chunks
+        each, rest = keys.tiles // keys.chunks, keys.tiles % keys.chunks
+        more = chunk * rest // keys.chunks
+    return chunk * each + more
 
 
 @cute.jit
@@ -120,9 +125,10 @@ def find_share(
         total += tiles
         longest = cutlass.max(longest, keys.tiles)
     total, longest = cute.arch.warp_redux_sync(total, "add"), cute.arch.warp_redux_sync(longest, "max")
-    share, drawn = Share(team, Int32(0), Int32(0)), Float32(longest) * DRAWN * Float32(teams) <= Float32(total)
+    share = Share(team, Int32(0), Int32(0), Int32(0))
+    drawn = Float32(longest) * DRAWN * Float32(teams) <= Float32(total)
     if drawn:
-        share = Share(team, Int32(0), tiles_there(team, keys_of(team, calls, window, tile_n), calls))
+        share = Share(team, Int32(0), Int32(0), tiles_there(team, keys_of(team, calls, window, tile_n), calls))
     else:
         first, last = _cut(total, team, teams), _cut(total, team + 1, teams)
         share = _between(first, last, tiles, calls, window, tile_n)
@@ -131,7 +137,10 @@ def find_share(
 
 @cute.jit
 def _cut(total: Int32, team: Int32, teams: Int32) -> Int32:
-    """About team / teams of all tiles, the same for every block that asks; whole numbers take a division longer."""
+    """About team / teams of all tiles, without a division; never more than for the next team.
+
+    That holds because each rounding keeps the order of what it rounds.
+    """
     cut = Int32(Float32(total) * (Float32(team) * cute.arch.rcp_approx(Float32(teams))))
     return cut if team < teams else total
 
@@ -162,23 +171,22 @@ def _between(
         last_sequence += passed
         before_last = there if passed > 0 else before_last
         counted += sum_all
-    first_sequence, tile, begin = _nearest_chunk(first_sequence, before_first, first, calls, window, tile_n)
-    _, _, end = _nearest_chunk(last_sequence, before_last, last, calls, window, tile_n)
-    return Share(first_sequence, tile, end - begin)
+    first_sequence, chunk, tile, begin = _nearest_chunk(first_sequence, before_first, first, calls, window, tile_n)
+    _, _, _, end = _nearest_chunk(last_sequence, before_last, last, calls, window, tile_n)
+    return Share(first_sequence, chunk, tile, end - begin)
 
 
 @cute.jit
 def _nearest_chunk(
     sequence: Int32, before: Int32, at: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]
-) -> tuple[Int32, Int32, Int32]:
-    """Where the chunk nearest to tile `at` begins, in a sequence whose tiles begin at `before`, or in the next one.
+) -> tuple[Int32, Int32, Int32, Int32]:
+    """Where the chunk that begins nearest to tile `at` does, of a sequence whose tiles begin at `before`, or the next.
 
-    Returns (sequence, tile in it, its place among all tiles).
+    Nearest but for rounding. Returns (sequence, chunk, tile in the sequence, its place among all tiles).
     """
     keys = keys_of(sequence, calls, window, tile_n)
-    tile = (at - before + keys.chunk // 2) & -keys.chunk
-    if calls.wanted > 0:
-        tile = (at - before + keys.chunk // 2) // keys.chunk * keys.chunk
-    place = before + cutlass.min(tile, keys.tiles)
-    passed = tile >= keys.tiles
-    return sequence + Int32(passed), Int32(0) if passed else tile, place
+    chunks_before = Float32(at - before) * Float32(keys.chunks) * cute.arch.rcp_approx(Float32(keys.tiles))
+    chunk = cutlass.min(Int32(chunks_before + 0.5), keys.chunks)
+    tile = first_tile(chunk, keys, calls)
+    place, passed = before + tile, chunk == keys.chunks
+    return sequence + Int32(passed), Int32(0) if passed else chunk, Int32(0) if passed else tile, place

@@ -50,7 +50,7 @@ def _prepared(problem: Problem, sink_dtype: torch.dtype | None, counted: bool) -
     if not problem.total_q or not problem.total_k:
         return lambda tensors, counts=None: (make_out().zero_(), _unseen(make_lse(), problem, Inputs(*tensors)))
     wide_sink = sink_dtype == torch.float64  # which no kernel reads
-    kernel = _kernel(kinds, torch.float32 if wide_sink else sink_dtype, counted, device, _is_long(problem))
+    kernel = _kernels(kinds, torch.float32 if wide_sink else sink_dtype, counted, device)[_is_long(problem)]
     numbers, draws = _numbers(problem), kernels.drawn(kinds)
     copies = not all(has_aligned_rows(stride, kinds.dtype.itemsize) for stride in problem.strides)
 
@@ -75,23 +75,24 @@ def _unseen(lse: Tensor, problem: Problem, inputs: Inputs) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
-def _kernel(
-    kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool, device: torch.device, long: bool
-) -> Callable[..., None]:
-    """The compiled kernel; kept a device, since a loaded kernel may belong to the device it was first launched on.
+def _kernels(
+    kinds: Kinds, sink_dtype: torch.dtype | None, counted: bool, device: torch.device
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The compiled kernel for any rows and the one for long ones, which may be the same.
 
-    Every form is made at once, so that no later call compiles because it is longer.
+    Made together, so that no call compiles because it is longer than those before. Kept a device, since a loaded kernel
+    may belong to the device it was first launched on.
     """
     arch = architecture_of(device)
-    made = {form: kernels.forward(kinds, sink_dtype, counted, arch, form) for form in kernels.forms(kinds, arch)}
-    return made.get(long, made[False])
+    made = [kernels.forward(kinds, sink_dtype, counted, arch, form) for form in kernels.forms(kinds, arch)]
+    return made[0], made[-1]
 
 
 def _is_long(problem: Problem) -> bool:
     """Whether rows may see LONG keys; of packed sequences, if they are equally long."""
     keys = problem.seqlen_k // max(problem.batch, 1) if problem.kinds.varlen else problem.seqlen_k
     if problem.kinds.window_left and problem.kinds.window_right:
-        keys = min(keys, problem.window_left + problem.window_right)
+        keys = min(keys, problem.window_left + problem.window_right + 1)
     return keys >= LONG
 
 

@@ -409,7 +409,7 @@ def test_a_decode_step_finds_its_kernel_warmed(requested, group, page):
 @needs_dsl
 def test_a_kernels_forms_are_made_by_its_first_call_and_warmed(requested, monkeypatch):
     """A call that is longer than those before it waits for no compiler."""
-    for name in ("_prepared", "_kernel"):
+    for name in ("_prepared", "_kernels"):
         monkeypatch.setattr(launch, name, functools.cache(getattr(launch, name).__wrapped__))
     warm.run_warm([256], ["bfloat16"], [1], [], "sm_90a")
     warmed = set(requested)
@@ -419,14 +419,14 @@ def test_a_kernels_forms_are_made_by_its_first_call_and_warmed(requested, monkey
     for keys in (5, 300, 5000, 20000):
         k = torch.zeros(1, keys, 2, 256, dtype=torch.bfloat16)
         attention(q, k, k, backend="cute")
-        assert set(requested) <= warmed
-        assert len(set(requested)) == 2
+        assert len(requested) == 2
+    assert set(requested) <= warmed
 
 
 @pytest.mark.parametrize(
     ("seqlen_k", "window", "long"),
     [(4095, {}, False), (4096, {}, True), (9999, {"window_left": 100}, True),
-     (9999, {"window_left": 100, "window_right": 0}, False), (9999, {"window_left": 4000, "window_right": 96}, True)],
+     (9999, {"window_left": 4094, "window_right": 0}, False), (9999, {"window_left": 4095, "window_right": 0}, True)],
 )  # fmt: skip
 def test_long_is_what_rows_may_see(seqlen_k, window, long):
     q, k = torch.zeros(2, 7, 1, 64, dtype=torch.bfloat16), torch.zeros(2, seqlen_k, 1, 64, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Kernels around `fa4_cute.exp2.exp2_pair` and `fa4_cute.softcap`: their accuracy is that of what they compile to."""
+"""Kernels around functions of kernels, which are tested as what they compile to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from fa4_cute.decode_shares import Calls, find_share, first_tile, keys_of
 from fa4_cute.exp2 import exp2_pair
+from fa4_cute.params import fake_numbers
+from fa4_cute.ranges import Window
 from fa4_cute.softcap import all_near, bend, bend_near, cap_of
 
 THREADS = 256
@@ -60,3 +63,52 @@ class SoftcapProbe(_Probe):
                 bent = bend(scores, cap, Float32(0.0), self.hidden)
                 for n in cutlass.range_constexpr(16):
                     y[at + n] = bent[n]
+
+
+class SharesProbe:
+    """Shares of teams and chunks of sequences of `lengths` keys, in tiles of `tile_n`.
+
+    shares (teams, 5): sequence, chunk, tile, tiles, whether sequences are drawn. chunks (batch, 2 + most chunks):
+    tiles, their number, where they begin.
+    """
+
+    def __init__(self, tile_n: int) -> None:
+        self.tile_n = tile_n
+
+    def fake_arguments(self):
+        tensors = [fake_numbers(Int32, 1), fake_numbers(Int32, 2), fake_numbers(Int32, 2)]
+        return [*tensors, Int32(1), Int32(1), Int32(1), make_fake_stream()]
+
+    @cute.jit
+    def __call__(
+        self,
+        lengths: cute.Tensor,
+        shares: cute.Tensor,
+        chunks: cute.Tensor,
+        capacity: Int32,
+        wanted: Int32,
+        teams: Int32,
+        stream,
+    ):
+        self.kernel(lengths, shares, chunks, capacity, wanted).launch(
+            grid=[1, teams, 1], block=[32, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, lengths: cute.Tensor, shares: cute.Tensor, chunks: cute.Tensor, capacity: Int32, wanted: Int32):
+        _, team, _ = cute.arch.block_idx()
+        _, teams, _ = cute.arch.grid_dim()
+        calls = Calls(lengths, None, lengths.shape[0], Int32(1), capacity, capacity, Int32(0), wanted)
+        window = Window(None, None)
+        share, drawn = find_share(team, teams, calls, window, self.tile_n)
+        if cute.arch.lane_idx() == 0:
+            for n in cutlass.range_constexpr(4):
+                shares[team, n] = share[n]
+            shares[team, 4] = Int32(drawn)
+            if team == 0:
+                for sequence in cutlass.range(0, calls.batch, unroll=1):
+                    keys = keys_of(Int32(sequence), calls, window, self.tile_n)
+                    chunks[sequence, 0] = keys.tiles
+                    chunks[sequence, 1] = keys.chunks
+                    for chunk in cutlass.range(0, keys.chunks, unroll=1):
+                        chunks[sequence, 2 + chunk] = first_tile(Int32(chunk), keys, calls)

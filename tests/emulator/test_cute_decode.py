@@ -17,6 +17,8 @@ from fa4_core.checks import compare, expected  # noqa: E402
 from fa4_cute.decode_shares import DRAWN  # noqa: E402
 
 from .cute_backend import emulated_cute_decode  # noqa: E402
+from .cute_backend import run as run_kernel  # noqa: E402
+from .cute_compile import Request  # noqa: E402
 from .test_decode import draw, paged, require, wild_places  # noqa: E402
 
 INT32 = torch.int32
@@ -124,6 +126,56 @@ def test_many_short_sequences_are_drawn_and_give_the_same_bits(kinds):
         results.append(run(tensors, options, programs=programs, seed=programs))
     require(*results[0], expected(*dense, **plain))
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0]))
+
+
+MOST = 2**30 - 2**10
+"""Keys of a sequence of close on 2^24 tiles, of which 63 are close on 2^30."""
+DEALS = [
+    *(([n], teams, 0) for n, teams in ((0, 1), (0, 17), (64 * 9, 5), (64 * 128, 16), (64 * 129, 16), (MOST, 132))),
+    # Behind each length at which the number of chunks changes.
+    *(([64 * n + 1 for n in (3, 7, 8, 15, 16, 31, 63, 64, 127, 128, 511, 512, 2000)], n, 0) for n in (1, 16, 132)),
+    *(([5] * batch, teams, 0) for batch, teams in ((32, 3), (33, 3), (64, 1), (65, 70))),
+    *(([MOST] * 63, teams, 0) for teams in (33, 132)),
+    *(([0] * batch, 4, 0) for batch in (31, 32, 33)),
+    *(([64 * 3] * 40, teams, 0) for teams in (4, 5)),
+    ([70_000, 3, 64 * 512, 64 * 513, 0, 20_000], 33, 0),
+    *(([1000, 0, 0, 9_999_999], 7, splits) for splits in (1, 7, 64)),
+    ([64 * 10] * 3, 5, 64),
+]  # fmt: skip
+
+
+def chunks_of(tiles, splits):
+    """Where a sequence's chunks begin."""
+    chunks = 64 if tiles > 512 else min(32, 2 ** ((max(tiles, 4) // 4).bit_length() - 1))
+    chunks = min(splits, tiles) if splits else chunks
+    return [i * tiles // chunks for i in range(chunks)]
+
+
+@pytest.mark.parametrize("number", range(len(DEALS)))
+def test_the_shares_are_all_tiles_in_order_and_begin_where_chunks_do(number):
+    lengths, teams, splits = DEALS[number]
+    shares, chunks = torch.full((teams, 5), -7, dtype=INT32), torch.full((len(lengths), 66), -7, dtype=INT32)
+    request = Request("sm_90a", "tests.emulator.cute_probe:SharesProbe", (64,))
+    run_kernel(request, [torch.tensor(lengths, dtype=INT32), shares, chunks, MOST, splits, teams])
+    tiles = [max(1, -(-n // 64)) for n in lengths]
+    begins = [chunks_of(n, splits) for n in tiles]
+    for (n_tiles, n_chunks, *found), n, want in zip(chunks.tolist(), tiles, begins):
+        assert (n_tiles, n_chunks, found[: len(want)]) == (n, len(want), want)
+        assert len(want) <= 64
+
+    total, before, at = sum(tiles), [sum(tiles[:i]) for i in range(len(tiles))], 0
+    drawn = DRAWN * teams * max(tiles) <= total
+    longest = max(b - a for begin, n in zip(begins, tiles) for a, b in zip(begin, [*begin[1:], n]))
+    for team, (sequence, chunk, tile, n, drawing) in enumerate(shares.tolist()):
+        assert drawing == drawn
+        if drawn:
+            assert (sequence, chunk, tile, n) == (team, 0, 0, tiles[team])
+        elif n:
+            assert before[sequence] + tile == at
+            assert begins[sequence][chunk] == tile
+            assert n <= total / teams + longest + total * 2**-20
+        at += n
+    assert drawn or at == total
 
 
 def test_splits_that_are_asked_for_equal_the_whole():
