@@ -149,6 +149,7 @@ def test_the_matrix_holds_the_cells_that_are_promised():
     assert {(c.longest, c.capacity, c.page) for c in SUITES["decode"]} >= {
         (65536, 0, 0), (0, 131072, 0), (0, 0, 16), (0, 0, 256)
     }  # fmt: skip
+    assert sum(c.seqlen % 2 for c in SUITES["decode"] if c.batch * c.seqlen > 2**15) == 2  # no schedule's own lengths
     windows = [c for c in SUITES["forward"] if c.window is not None]
     assert {(c.causal, c.seqlen_q, c.window) for c in windows} == {(True, 16384, 1024)}
 

@@ -250,6 +250,9 @@ _DECODE = (
     DecodeCase(128, 32, 8, 16, 8192, page=256),
     DecodeCase(128, 64, 8, 64, 4096, page=16),
     DecodeCase(128, 64, 8, 64, 4096, page=256),
+    # Lengths that nothing divides.
+    DecodeCase(128, 32, 8, 1, 37001),
+    DecodeCase(128, 32, 8, 3, 20011),
     # As small as the case of the suite "host", for the host's time.
     DecodeCase(128, 4, 4, 1, 128),
 )
