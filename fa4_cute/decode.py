@@ -466,8 +466,9 @@ class Decode:
         config = self.config
         # A parity tells a lap from the one before it alone, and copies may end in another order: what another warp is
         # waiting for in this slot, one lap back, may not be there yet. So until that warp has let go of it, as the load
-        # warp does. It cannot be two laps back: there are as many slots as warps, so this warp's tile before, which is
-        # done, was brought no earlier than the tile one lap back, and for that one the slot had been let go of.
+        # warp does. It cannot be two laps back: all tiles of chunks before are done, behind a barrier, and so is this
+        # warp's tile before in the chunk. There are as many slots as warps, so one of these was brought no earlier
+        # than the tile one lap back, and for that one the slot had been let go of.
         tiles.acquire(at)
         tiles.wait(at)
         if keys.span.begin < keys.span.end:  # else what was read is nobody's

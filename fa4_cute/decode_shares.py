@@ -130,31 +130,31 @@ def find_share(
     if drawn:
         share = Share(team, Int32(0), Int32(0), tiles_there(team, keys_of(team, calls, window, tile_n), calls))
     else:
-        first, last = _cut(total, team, teams), _cut(total, team + 1, teams)
-        share = _between(first, last, tiles, calls, window, tile_n)
+        share = _between(_cut(total, team + lane % 2, teams), tiles, calls, window, tile_n)
     return share, drawn
 
 
 @cute.jit
-def _cut(total: Int32, team: Int32, teams: Int32) -> Int32:
+def _cut(total: Int32, team: Int32, teams: Int32) -> Float32:
     """About team / teams of all tiles, without a division; never more than for the next team.
 
-    That holds because each rounding keeps the order of what it rounds.
+    That holds because each rounding keeps the order of what it rounds. Not a whole number: a tile more or less may make
+    two chunks of one.
     """
-    cut = Int32(Float32(total) * (Float32(team) * cute.arch.rcp_approx(Float32(teams))))
-    return cut if team < teams else total
+    cut = Float32(total) * (Float32(team) * cute.arch.rcp_approx(Float32(teams)))
+    return cut if team < teams else Float32(total)
 
 
 @cute.jit
-def _between(
-    first: Int32, last: Int32, tiles: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]
-) -> Share:
+def _between(cut: Float32, tiles: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Share:
     """The share between the chunks that begin nearest to two places in the row of all tiles; by a whole warp.
 
-    tiles: of the lane's sequence, if there are no more sequences than lanes.
+    cut: the first place in even lanes, the other in odd ones. So one instruction rounds both, and a share ends where
+    the next one begins, however the compiler contracts products and sums. tiles: of the lane's sequence, if there are
+    no more sequences than lanes.
     """
-    lane = cute.arch.lane_idx()
-    counted = Int32(0)
+    lane, counted = cute.arch.lane_idx(), Int32(0)
+    first, last = cute.arch.shuffle_sync(cut, 0), cute.arch.shuffle_sync(cut, 1)
     first_sequence, before_first, last_sequence, before_last = Int32(0), Int32(0), Int32(0), Int32(0)
     for base in cutlass.range(0, calls.batch, LANES, unroll=1):
         if calls.batch > LANES:
@@ -162,30 +162,33 @@ def _between(
         before, sum_all = sums(tiles)
         end = counted + before + tiles
         exists = base + lane < calls.batch
-        passed = cute.arch.popc(cute.arch.vote_ballot_sync(exists and end <= first))
+        passed = cute.arch.popc(cute.arch.vote_ballot_sync(exists and Float32(end) <= first))
         there = cute.arch.shuffle_sync(end, cutlass.max(passed - 1, 0))
         first_sequence += passed
         before_first = there if passed > 0 else before_first
-        passed = cute.arch.popc(cute.arch.vote_ballot_sync(exists and end <= last))
+        passed = cute.arch.popc(cute.arch.vote_ballot_sync(exists and Float32(end) <= last))
         there = cute.arch.shuffle_sync(end, cutlass.max(passed - 1, 0))
         last_sequence += passed
         before_last = there if passed > 0 else before_last
         counted += sum_all
-    first_sequence, chunk, tile, begin = _nearest_chunk(first_sequence, before_first, first, calls, window, tile_n)
-    _, _, _, end = _nearest_chunk(last_sequence, before_last, last, calls, window, tile_n)
-    return Share(first_sequence, chunk, tile, end - begin)
+    is_first = lane % 2 == 0
+    sequence, before = first_sequence if is_first else last_sequence, before_first if is_first else before_last
+    sequence, chunk, tile, place = _nearest_chunk(sequence, before, cut, calls, window, tile_n)
+    sequence, chunk, tile = (cute.arch.shuffle_sync(word, 0) for word in (sequence, chunk, tile))
+    return Share(sequence, chunk, tile, cute.arch.shuffle_sync(place, 1) - cute.arch.shuffle_sync(place, 0))
 
 
 @cute.jit
 def _nearest_chunk(
-    sequence: Int32, before: Int32, at: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]
+    sequence: Int32, before: Int32, at: Float32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]
 ) -> tuple[Int32, Int32, Int32, Int32]:
-    """Where the chunk that begins nearest to tile `at` does, of a sequence whose tiles begin at `before`, or the next.
+    """The chunk that begins nearest to `at`, of a sequence whose tiles begin at `before`, or the next one's first.
 
-    Nearest but for rounding. Returns (sequence, chunk, tile in the sequence, its place among all tiles).
+    Nearest but for rounding. at: a place among all tiles. Returns (sequence, chunk, tile in the sequence, its place
+    among all tiles).
     """
     keys = keys_of(sequence, calls, window, tile_n)
-    chunks_before = Float32(at - before) * Float32(keys.chunks) * cute.arch.rcp_approx(Float32(keys.tiles))
+    chunks_before = (at - Float32(before)) * Float32(keys.chunks) * cute.arch.rcp_approx(Float32(keys.tiles))
     chunk = cutlass.min(Int32(chunks_before + 0.5), keys.chunks)
     tile = first_tile(chunk, keys, calls)
     place, passed = before + tile, chunk == keys.chunks

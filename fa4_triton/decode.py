@@ -88,13 +88,13 @@ class Descale(NamedTuple):
 
 class Keys(NamedTuple):
     """The keys of a sequence (or of a vector of them): padded rows before them, their number, the tiles that are
-    visited from `begin` on (one at least), and the tiles of a chunk."""
+    visited from `begin` on (one at least), and the chunks of these."""
 
     pad: tl.tensor
     length: tl.tensor
     begin: tl.tensor
     tiles: tl.tensor
-    chunk: tl.tensor
+    chunks: tl.tensor
 
 
 @triton.jit
@@ -117,23 +117,34 @@ def keys_of(rows, values, splits, i, TILE_N: tl.constexpr):
     pad, length = valid_keys(rows, i, i < rows.batch)
     begin, _, _, end = key_tiles(values, 0, rows.rows_q - 1, rows.rows_q, length, TILE_N)
     tiles = tl.maximum(end - begin, 1)
-    # Up to 128 tiles, 16 chunks of two tiles or more: a short sequence alone gives work to many programs. Up to 256,
-    # chunks of 8; beyond, 32 chunks: enough for a long one, and few enough to merge.
-    chunk = tl.where(tiles <= 128, tl.maximum((tiles + 15) // 16, 2), (tiles + 255) // 256 * 8)
+    # Up to 128 tiles, 16 chunks of two tiles or more: a short sequence alone gives work to many programs. Beyond, 32:
+    # enough for a long one, and few enough to merge.
+    chunks = tl.where(tiles <= 128, tl.minimum(tl.maximum(tiles // 2, 1), 16), 32)
     if splits.wanted > 0:
-        chunk = (tiles + splits.wanted - 1) // splits.wanted
-    return Keys(pad, length, begin, tiles, chunk)
+        chunks = tl.minimum(splits.wanted, tiles)
+    return Keys(pad, length, begin, tiles, chunks)
 
 
 @triton.jit
-def next_chunk(keys, before, at):
-    """The first chunk that begins at tile `at` or later, in a sequence whose tiles begin at `before` or in the next.
+def part_begin(tiles, part, parts):
+    """The tile at which a part of a sequence begins, cut into so many that they differ by a tile at most."""
+    whole = tiles // parts
+    return whole * part + (tiles - whole * parts) * part // parts
 
-    Returns (sequences passed, tile in it, its place among all tiles).
+
+@triton.jit
+def nearest_chunk(keys, before, at):
+    """The chunk that begins nearest to tile `at`, of a sequence whose tiles begin at `before`, or the next one's first.
+
+    Nearest but for rounding, which is spelled out: a share has to end where the next one begins. Returns (sequences
+    passed, chunk, tile in the sequence, its place among all tiles).
     """
-    tile = ((at - before).to(tl.int32) + keys.chunk - 1) // keys.chunk * keys.chunk
-    passed = (tile >= keys.tiles).to(tl.int32)
-    return passed, tl.where(passed == 1, 0, tile), before + tl.minimum(tile, keys.tiles)
+    tiles_before = (at - before).to(tl.float32)
+    chunk = tl.fma(tiles_before * keys.chunks, 1.0 / keys.tiles.to(tl.float32), 0.5).to(tl.int32)
+    chunk = tl.minimum(chunk, keys.chunks)
+    tile = part_begin(keys.tiles, chunk, keys.chunks)
+    passed = (chunk == keys.chunks).to(tl.int32)
+    return passed, tl.where(passed == 1, 0, chunk), tl.where(passed == 1, 0, tile), before + tile
 
 
 @triton.jit
@@ -154,17 +165,11 @@ def four_tiles(rows, values, splits, i, TILE_N: tl.constexpr):
 
 
 @triton.jit
-def piece_begin(tiles, piece, pieces):
-    """The tile at which a piece of a sequence begins, cut into so many of nearly the same size."""
-    return tiles // pieces * piece + tl.minimum(piece, tiles % pieces)
-
-
-@triton.jit
 def find_share(rows, values, splits, team, teams, TILE_N: tl.constexpr):
-    """The share of a team: (sequence, tile in it, number of tiles).
+    """The share of a team: (sequence, chunk and tile in it, number of tiles).
 
-    It begins with the first chunk at the team's place among all tiles or later. Where sequences are alike, a share is a
-    number of whole ones, so that nothing is merged, or, of fewer sequences than teams, one piece of a single one.
+    It begins with the chunk that begins nearest to the team's place among all tiles. Where sequences are alike, a share
+    is a number of whole ones, so that nothing is merged, or, of fewer sequences than teams, one piece of a single one.
 
     Nothing is loaded before the share is known, so this is made to be short. A vector of 32 numbers lies in every warp,
     and no sum waits for other warps; a lane takes four sequences. Sums of one number each are one instruction in 32
@@ -179,9 +184,11 @@ def find_share(rows, values, splits, team, teams, TILE_N: tl.constexpr):
         t0, t1, t2, t3 = four_tiles(rows, values, splits, start + 4 * lane, TILE_N)
         total += tl.sum(t0 + t1 + t2 + t3, 0)
         most = tl.maximum(most, tl.max(tl.maximum(tl.maximum(t0, t1), tl.maximum(t2, t3)), 0))
-    # Sequences in `pieces` (one, unless there are fewer sequences than teams), `each` for every team that takes some:
-    # where that leaves few teams idle, and the longest share is within 5 % of the mean.
-    pieces = tl.maximum(teams // rows.batch, 1)
+    # Sequences in `pieces` (one, unless there are fewer sequences than teams, and no more than the first one's chunks),
+    # `each` for every team that takes some: where that leaves few teams idle, and the longest share is within 5 % of
+    # the mean.
+    keys = keys_of(rows, values, splits, 0, TILE_N)
+    pieces = tl.maximum(tl.minimum(teams // rows.batch, keys.chunks), 1)
     each = (rows.batch + teams - 1) // teams
     taking = (rows.batch + each - 1) // each
     alike = tl.cast(each * taking, tl.int64) * most * 20 <= total * 21
@@ -223,13 +230,13 @@ def find_share(rows, values, splits, team, teams, TILE_N: tl.constexpr):
         before_last += tl.sum(tiles_last, 0)
     keys = keys_of(rows, values, splits, last_sequence, TILE_N)
     if by_pieces:
-        last = before_last + piece_begin(keys.tiles, (last - last_sequence * pieces).to(tl.int32), pieces)
-    _, _, end = next_chunk(keys, before_last, last)
+        last = before_last + part_begin(keys.tiles, (last - last_sequence * pieces).to(tl.int32), pieces)
+    _, _, _, end = nearest_chunk(keys, before_last, last)
     keys = keys_of(rows, values, splits, first_sequence, TILE_N)
     if by_pieces:
-        first = before_first + piece_begin(keys.tiles, (first - first_sequence * pieces).to(tl.int32), pieces)
-    passed, tile, begin = next_chunk(keys, before_first, first)
-    return first_sequence + passed, tile, (end - begin).to(tl.int32)
+        first = before_first + part_begin(keys.tiles, (first - first_sequence * pieces).to(tl.int32), pieces)
+    passed, chunk, tile, begin = nearest_chunk(keys, before_first, first)
+    return first_sequence + passed, chunk, tile, (end - begin).to(tl.int32)
 
 
 @triton.jit
@@ -474,7 +481,7 @@ def attention_decode(
     FP8: tl.constexpr = k.ptr.dtype.element_ty == tl.uint8
     head_kv = tl.program_id(0) % heads_kv
     teams = tl.num_programs(0) // heads_kv
-    sequence, tile, n_tiles = find_share(rows, values, splits, tl.program_id(0) // heads_kv, teams, TILE_N)
+    sequence, ended, tile, n_tiles = find_share(rows, values, splits, tl.program_id(0) // heads_kv, teams, TILE_N)
     keys = keys_of(rows, values, splits, sequence, TILE_N)
     row = tl.arange(0, ROWS)
     row_q = row // GROUP
@@ -494,11 +501,10 @@ def attention_decode(
         block = page_numbers(rows, sequence, keys.pad, keys.length, first, PAGE, TILE_N)
     # Whether an earlier program has the sequence's first chunks, and so its place among the parts.
     inherited = tile > 0
-    first_sequence, first_keys = sequence, keys
+    first_sequence, first_chunks = sequence, keys.chunks
     stored = 0
-    # Chunks of the sequence that end before `tile`, and where the present one ends.
-    ended = tile // keys.chunk
-    chunk_end = tl.minimum(tile + keys.chunk, keys.tiles)
+    # `ended`: chunks of the sequence that end before `tile`.
+    chunk_end = part_begin(keys.tiles, ended + 1, keys.chunks)
     scale_k = descale_of(k, k_descale, tl.minimum(sequence, rows.batch - 1), head_kv)
     nothing = (
         tl.zeros([DV, ROWS], tl.float32),
@@ -546,7 +552,7 @@ def attention_decode(
                 whole = fold_chunk(whole, part)
             state = (nothing[0], nothing[1], tl.zeros([TILE_N, ROWS], tl.float32))
             ended += 1
-            chunk_end = tl.minimum(tile + keys.chunk, keys.tiles)
+            chunk_end = part_begin(keys.tiles, ended + 1, keys.chunks)
             if tile == keys.tiles:
                 if not inherited:
                     head = head_kv * GROUP + row % GROUP
@@ -558,7 +564,7 @@ def attention_decode(
                 sequence += 1
                 keys = keys_of(rows, values, splits, sequence, TILE_N)
                 ended = tile
-                chunk_end = tl.minimum(keys.chunk, keys.tiles)
+                chunk_end = keys.tiles // keys.chunks
                 scale_k = descale_of(k, k_descale, tl.minimum(sequence, rows.batch - 1), head_kv)
 
     # Sequences that this program shares with others: the one it began within, and the one it ended within.
@@ -577,9 +583,7 @@ def attention_decode(
         for side in range(2):
             arrived = tl.sum(tl.where(which == side, news, 0), 0)
             batch = tl.where(side == 0, first_sequence, sequence)
-            tiles = tl.where(side == 0, first_keys.tiles, keys.tiles)
-            chunk = tl.where(side == 0, first_keys.chunk, keys.chunk)
-            chunks = (tiles + chunk - 1) // chunk
+            chunks = tl.where(side == 0, first_chunks, keys.chunks)
             if tl.where(side == 0, began, ends) & (arrived % HELD == chunks):
                 number = batch.to(tl.int64) * heads_kv + head_kv
                 tl.store(splits.arrivals + number, 0)

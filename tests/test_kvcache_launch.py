@@ -283,3 +283,19 @@ def test_every_kernel_compiles_within_the_shared_memory_of_every_architecture(ar
         # A multiprocessor has a KiB more than one program may use, and keeps one for each.
         of_each = (limit + 1) * 1024 // programs - cache_tiles.RESERVED
         assert kernel.metadata.shared <= of_each, f"{name}: {kernel.metadata.shared} bytes, and {programs} programs"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("architecture", [80, 86, 90])
+def test_the_decode_kernel_spills_nothing(architecture, tmp_path):
+    """Seen: where a chunk's end was found behind a branch, the results of every tile went to the stack on sm_80."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from test_triton import stack_bytes
+
+    q, cache = torch.zeros(2, 1, 8, 128, dtype=torch.bfloat16), torch.zeros(2, 64, 2, 128, dtype=torch.bfloat16)
+    for where in ({}, {"page_table": torch.zeros(2, 4, dtype=INT32)}):
+        with compile_only(architecture) as compiled:
+            seqlens = torch.tensor([3, 4], dtype=INT32)
+            attention_with_kvcache(q, cache, cache, cache_seqlens=seqlens, backend="triton", **where)
+        ((_, kernel, _),) = compiled
+        assert stack_bytes(kernel, tmp_path) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -11,7 +13,7 @@ triton = pytest.importorskip("triton", reason="needs the package triton")
 
 import triton.language as tl  # noqa: E402
 
-from fa4_triton.decode import Rows, Splits, find_share, keys_of  # noqa: E402
+from fa4_triton.decode import Rows, Splits, find_share, keys_of, part_begin  # noqa: E402
 from fa4_triton.steps import Values  # noqa: E402
 
 pytestmark = pytest.mark.serves("kv_cache")
@@ -22,25 +24,33 @@ ROOM = 2**20
 
 @triton.jit
 def deal(rows: Rows, values: Values, splits: Splits, out, TILE_N: tl.constexpr):
-    """Writes each team's share, and the tiles of a chunk of the sequence that it begins within."""
+    """Writes each team's share, and where the next chunk of the sequence that it begins within does."""
     team = tl.program_id(0)
-    sequence, tile, n_tiles = find_share(rows, values, splits, team, tl.num_programs(0), TILE_N)
-    tl.store(out + 4 * team, sequence)
-    tl.store(out + 4 * team + 1, tile)
-    tl.store(out + 4 * team + 2, n_tiles)
-    tl.store(out + 4 * team + 3, keys_of(rows, values, splits, sequence, TILE_N).chunk)
+    sequence, chunk, tile, n_tiles = find_share(rows, values, splits, team, tl.num_programs(0), TILE_N)
+    keys = keys_of(rows, values, splits, sequence, TILE_N)
+    tl.store(out + 5 * team, sequence)
+    tl.store(out + 5 * team + 1, chunk)
+    tl.store(out + 5 * team + 2, tile)
+    tl.store(out + 5 * team + 3, n_tiles)
+    tl.store(out + 5 * team + 4, part_begin(keys.tiles, chunk + 1, keys.chunks))
 
 
 def shares(target, lengths, teams):
-    """(sequence, tile in it, number of tiles, tiles of a chunk) of each team."""
+    """(sequence, chunk and tile in it, number of tiles, tile of the next chunk) of each team."""
     if target.backend != "triton":
         pytest.skip("Triton's kernel alone")
     used = torch.tensor(lengths, dtype=torch.int32, device=target.device)
-    out = torch.full((teams, 4), -1, dtype=torch.int32, device=target.device)
+    out = torch.full((teams, 5), -1, dtype=torch.int32, device=target.device)
     rows = Rows(None, None, used, None, None, None, None, len(lengths), 1, ROOM, 1, 0, 0)
     values = Values(1.0, None, None, None, 0.0, None)  # a string is no kernel's argument
     deal[(teams,)](rows, values, Splits(None, None, 32, 0), out, TILE_N)
     return out.tolist()
+
+
+def chunks_of(tiles):
+    """Where a sequence's chunks begin, and its end."""
+    chunks = 32 if tiles > 128 else min(16, max(tiles // 2, 1))
+    return [i * tiles // chunks for i in range(chunks + 1)]
 
 
 @given(
@@ -55,16 +65,26 @@ def test_the_shares_are_all_tiles_in_order_and_begin_where_chunks_do(target, len
     before = [sum(tiles[:i]) for i in range(len(tiles) + 1)]
     at = 0
     found = shares(target, lengths, teams)
-    for sequence, tile, n_tiles, chunk in found:
+    for sequence, chunk, tile, n_tiles, following in found:
         if n_tiles:
+            chunks = chunks_of(tiles[sequence])
             assert before[sequence] + tile == at
-            assert tile % chunk == 0
+            assert (tile, following) == (chunks[chunk], chunks[chunk + 1])
         assert n_tiles >= 0
         at += n_tiles
     assert at == before[-1]
     # A share is the mean, or one within 5 % of it, and a chunk at most.
-    longest = max(chunk for *_, chunk in found)
-    assert max(n for _, _, n, _ in found) <= 1.07 * -(-before[-1] // teams) + longest
+    longest = max(end - begin for n in tiles for begin, end in itertools.pairwise(chunks_of(n)))
+    assert max(n for _, _, _, n, _ in found) <= 1.07 * -(-before[-1] // teams) + longest
+
+
+@pytest.mark.parametrize("teams", [16, 33])
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+def test_shares_of_lengths_that_nothing_divides_are_alike(target, batch, teams):
+    """One chunk more than teams can share alike would take as long as a whole one for each."""
+    for tiles in (129, 257, 300, 513, 550):
+        found = [n for _, _, _, n, _ in shares(target, [TILE_N * tiles] * batch, teams)]
+        assert max(found) <= 1.07 * -(-tiles * batch // teams) + -(-tiles // 32)
 
 
 @pytest.mark.parametrize(
@@ -73,9 +93,9 @@ def test_the_shares_are_all_tiles_in_order_and_begin_where_chunks_do(target, len
 )
 def test_sequences_that_are_alike_are_dealt_whole_or_in_pieces_of_their_own(target, batch, teams, sequences, pieces):
     """A share that ends within the next sequence would store and merge a part more."""
-    found = [share for share in shares(target, [8192] * batch, teams) if share[2]]
+    found = [share for share in shares(target, [8192] * batch, teams) if share[3]]
     assert len(found) >= min(batch * pieces // sequences, batch * 32)
-    for sequence, tile, n_tiles, _ in found:
+    for sequence, _, tile, n_tiles, _ in found:
         assert tile + n_tiles <= 8192 // TILE_N * sequences
         assert sequence % sequences == 0
         assert n_tiles >= 8192 // TILE_N * sequences // pieces - 16

@@ -134,6 +134,7 @@ DEALS = [
     *(([n], teams, 0) for n, teams in ((0, 1), (0, 17), (64 * 9, 5), (64 * 128, 16), (64 * 129, 16), (MOST, 132))),
     # Behind each length at which the number of chunks changes.
     *(([64 * n + 1 for n in (3, 7, 8, 15, 16, 31, 63, 64, 127, 128, 511, 512, 2000)], n, 0) for n in (1, 16, 132)),
+    *(([64 * n + 1], teams, 0) for n in (130, 300, 511, 600, 777, 1000) for teams in (16, 33)),
     *(([5] * batch, teams, 0) for batch, teams in ((32, 3), (33, 3), (64, 1), (65, 70))),
     *(([MOST] * 63, teams, 0) for teams in (33, 132)),
     *(([0] * batch, 4, 0) for batch in (31, 32, 33)),
@@ -174,6 +175,8 @@ def test_the_shares_are_all_tiles_in_order_and_begin_where_chunks_do(number):
             assert before[sequence] + tile == at
             assert begins[sequence][chunk] == tile
             assert n <= total / teams + longest + total * 2**-20
+            if len(lengths) == 1 and not splits:  # all have the fewest chunks that they can
+                assert n <= -(-len(begins[0]) // teams) * longest
         at += n
     assert drawn or at == total
 
