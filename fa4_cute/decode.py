@@ -3,13 +3,13 @@
 One block a multiprocessor, all of whose shared memory is a ring of key tiles: decoding does next to no arithmetic, and
 what counts is that memory is never idle. Roles:
 
-- load (the last warp): brings the keys and values of the block's share (`decode_shares`) by TMA, as far ahead as the
-  ring goes, across chunks, sequences and pages;
+- load (the last warp): finds the block's work (`decode_shares`), tells the others of it in runs, chunks of a sequence
+  that follow one another, and brings their keys and values by TMA, as far ahead as the ring goes;
 - the other warps: the n-th tile of a chunk is warp `n % WARPS`'s. Each has a softmax of its own and waits for no other
   until the chunk ends; then their results are folded in order, through shared memory.
 
-Rings (arrivals that complete a slot's full / empty barrier): tiles (TMA bytes / the warp whose tile it is); draws (the
-load warp's elected lane / every thread of the others), which the load warp fills where sequences are drawn.
+Rings (arrivals that complete a slot's full / empty barrier): tiles (TMA bytes / the warp whose tile it is); runs (the
+load warp's elected lane / every thread of the others).
 
 A chunk's result is folded into its sequence's in registers while one block has all that came before; else it goes to
 memory as a part, and the block that arrives last at the sequence's counter folds the parts, in the same order and by
@@ -35,7 +35,7 @@ from cutlass.cute.nvgpu import cpasync, warp
 from cutlass.cute.runtime import make_fake_stream
 
 from fa4_cute.decode_config import BLOCK_COLUMNS, WARP_ROWS, WARPS, CacheKinds, DecodeConfig, config_for
-from fa4_cute.decode_shares import Calls, Share, find_share, first_tile, keys_of, tiles_there
+from fa4_cute.decode_shares import Calls, find_drawn, find_share, first_tile, keys_of, next_in_row, start_draws
 from fa4_cute.params import DTYPES, Values, fake_numbers, fake_rows
 from fa4_cute.pipelines import Cursor, Ring
 from fa4_cute.ranges import Window, visible_keys
@@ -47,10 +47,14 @@ from fa4_cute.views import boxes
 
 THREADS = 32 * WARPS
 """Of the warps that compute."""
-COMPUTE_BARRIER = 1
-"""Their named barrier; barrier 0 is the block's."""
+COMPUTE_BARRIER, READY_BARRIER = 1, 2
+"""Named barriers: of these warps, and of all when the rings are ready."""
 HELD = 2**16
 """Unit of the second count in `Splits.arrivals`: with two counts in one word, one atomic changes and tells both."""
+RUN_WORDS = 4
+"""Words that tell of a run: the pair, its first chunk, that one's first tile, and its tiles, 0 where no run is left."""
+SOON = 4
+"""Tiles before the end of a run at which the next sequence is asked for, if it is drawn: it comes in time."""
 READ = 128
 """Numbers of parts that a thread reads at a time in a merge: all that fits into registers waits for memory but once."""
 
@@ -92,28 +96,24 @@ class Splits(NamedTuple):
 class Shared(NamedTuple):
     """Shared memory: tiles with their slots last, the warps' O (row, column, warp) and statistics.
 
-    words: what an arrival found, and the items that were drawn.
+    runs: the words of each, with their slots last. word: what an arrival found.
     """
 
     k: cute.Tensor
     v: cute.Tensor
     out: cute.Tensor
     statistics: cute.Tensor
-    words: cute.Tensor
+    runs: cute.Tensor
+    word: cute.Tensor
 
 
 class Work(NamedTuple):
-    """A call's sequences and window, its work space, KV heads, and a block's share.
-
-    drawn: whether whole sequences are drawn after it, by items: sequence * heads + KV head.
-    """
+    """A call's sequences and window, its work space and KV heads."""
 
     calls: Calls
     window: Window
     splits: Splits
     heads: Int32
-    share: Share
-    drawn: Boolean
 
 
 class State(NamedTuple):
@@ -249,8 +249,10 @@ class Decode:
         memory = cutlass.utils.SmemAllocator()
         barriers = memory.allocate_array(Int64, 4 * config.slots)
         tiles = Ring(barriers, config.slots, 1, 1)
-        draws = Ring(barriers + 2 * config.slots, config.slots, 1, THREADS)
-        words = cute.make_tensor(memory.allocate_array(Int32, 1 + config.slots), cute.make_layout(1 + config.slots))
+        runs = Ring(barriers + 2 * config.slots, config.slots, 1, THREADS)
+        of_runs = cute.make_layout((RUN_WORDS, config.slots))
+        s_runs = memory.allocate_tensor(Int32, of_runs, 16)
+        word = memory.allocate_tensor(Int32, cute.make_layout(1), 4)
         layout_k = _rows_layout((config.tile_n, config.head_dim), config.slots)
         layout_v = _rows_layout((config.tile_n, config.head_dim_v), config.slots)
         s_k = memory.allocate_tensor(self.dtype, layout_k.outer, 1024, layout_k.inner)
@@ -260,78 +262,91 @@ class Decode:
         )
         s_out = memory.allocate_tensor(Float32, of_warps, 16)
         s_statistics = memory.allocate_tensor(Float32, cute.make_layout((2, config.rows, WARPS)), 16)
-        shared = Shared(s_k, s_v, s_out, s_statistics, words)
-
-        if warp_index == 0:
-            with cute.arch.elect_one():
-                tiles.init()
-                draws.init()
-            cute.arch.mbarrier_init_fence()
+        shared = Shared(s_k, s_v, s_out, s_statistics, s_runs, word)
+        heads, _, _ = cute.arch.grid_dim()
+        work = Work(calls, Window(values.window_left, values.window_right), splits, heads)
         if warp_index == WARPS:
             cpasync.prefetch_descriptor(maps.k)
             cpasync.prefetch_descriptor(maps.v)
-        _, team, _ = cute.arch.block_idx()
-        heads, teams, _ = cute.arch.grid_dim()
-        window = Window(values.window_left, values.window_right)
-        share, drawn = find_share(team, teams, calls, window, config.tile_n)
-        work = Work(calls, window, splits, heads, share, drawn)
-        cute.arch.sync_threads()  # after the first reads from memory, which take longer than the barriers
-        if warp_index == WARPS:
-            self.load(maps, tensors, shared, tiles, draws, work)
+            self.load(maps, tensors, shared, tiles, runs, work)
         else:
-            self.compute(tensors, shared, tiles, draws, work, values, cap)
+            if warp_index == 0:
+                with cute.arch.elect_one():
+                    tiles.init()
+                    runs.init()
+                cute.arch.mbarrier_init_fence()
+            self._ready()
+            self.compute(tensors, shared, tiles, runs, work, values, cap)
 
     @cute.jit
-    def load(self, maps, tensors, shared, tiles, draws, work):
+    def load(self, maps, tensors, shared, tiles, runs, work):
         """The load warp. Waits on the empty barriers of both rings; TMA completes the tiles' full ones."""
-        config, (calls, window, splits, heads, share, drawn) = self.config, work
-        head, _, _ = cute.arch.block_idx()
+        config, (calls, window, splits, heads) = self.config, work
+        head, team, _ = cute.arch.block_idx()
         _, teams, _ = cute.arch.grid_dim()
+        blocks, boxes_of_tile = teams * heads, config.tile_n // config.box
+        deal = find_share(team, teams, calls, window, config.tile_n)
+        self._ready()  # after the first reads from memory, which take longer than the barriers
+        sequence, chunk, tile, left = deal.share
+        draws, drawn, limit = start_draws(deal), deal.longest > 0, deal.limit
+        # Where all sequences are drawn, each block's first is its own; further ones are asked for while the one before
+        # is read: the first lane is told when that is on its way.
         counter = cute.make_tensor(splits.arrivals.iterator + calls.batch * heads, cute.make_layout(2))
-        # Asked for while the sequence before is read, and told by the first lane when that is on its way.
-        answer = Int32(0)
-        if drawn:
-            answer = ask(counter)
-        at, turn = tiles.start(), draws.start()
-        sequence, _, tile, left = share
-        keys = keys_of(sequence, calls, window, config.tile_n)
-        numbers, looked = self._places(maps, tensors, calls, sequence, keys, tile), tile
-        boxes_of_tile = config.tile_n // config.box
-        while left > 0:
-            tiles.acquire(at)
+        item, given, answer = team * heads + head, blocks, Int32(0)
+        if deal.shared > 0:
+            given = Int32(0)
+            if drawn and left == 0:
+                answer = ask(counter)
+                item = cute.arch.shuffle_sync(answer, 0)
+        at, turn, count = tiles.start(), runs.start(), Int32(1)
+        while count > 0:
+            if left == 0 and drawn:
+                sequence, draws = find_drawn(item // heads, draws, calls, window, config.tile_n)
+                head, chunk, tile = item % heads, Int32(0), Int32(0)
+            keys = keys_of(sequence, calls, window, config.tile_n)
+            count = cutlass.min(left, keys.tiles - tile)
+            left -= count
+            # Of a sequence that was drawn, all.
+            if count == 0 and drawn and sequence < calls.batch:
+                count = keys.tiles
+            runs.acquire(turn)
             with cute.arch.elect_one():
-                tiles.expect(at, config.slot_bytes)
-            first = keys.pad + (keys.span.begin + tile) * config.tile_n
-            for r in cutlass.range_constexpr(boxes_of_tile):
-                row, number = first, numbers
-                if const_expr(tensors.pages is not None):
-                    row = (first + r * config.box) % self.calls.page_size
-                    number = cute.arch.shuffle_sync(numbers, (tile - looked) * boxes_of_tile + r)
-                self._bring(maps.k, maps.m_k, shared.k, head, number, row, r, tiles, at)
-                self._bring(maps.v, maps.m_v, shared.v, head, number, row, r, tiles, at)
-            at = tiles.next(at)
-            tile += 1
-            left -= 1
-            if tile == keys.tiles:
-                tile = Int32(0)
-                sequence += 1
-                if drawn:
-                    item = teams * heads + cute.arch.shuffle_sync(answer, 0)
-                    draws.acquire(turn)
+                for n, word in enumerate((sequence * heads + head, chunk, tile, count)):
+                    shared.runs[n, turn.index] = word
+                runs.publish(turn)
+            turn = runs.next(turn)
+            numbers, looked, end = self._places(maps, tensors, calls, sequence, keys, tile), tile, tile + count
+            for part in cutlass.range(2, unroll=1):
+                while tile < (end - SOON if part == 0 else end):
+                    tiles.acquire(at)
                     with cute.arch.elect_one():
-                        shared.words[1 + turn.index] = item
-                        draws.publish(turn)
-                    turn = draws.next(turn)
-                    sequence, head = item // heads, item % heads
-                    if sequence < calls.batch:
-                        answer = ask(counter)
-                keys = keys_of(sequence, calls, window, config.tile_n)
-                if drawn:
-                    left = tiles_there(sequence, keys, calls)
-            if tile == 0 or tile == looked + LANES // boxes_of_tile:
-                numbers, looked = self._places(maps, tensors, calls, sequence, keys, tile), tile
+                        tiles.expect(at, config.slot_bytes)
+                    first = keys.pad + (keys.span.begin + tile) * config.tile_n
+                    for r in cutlass.range_constexpr(boxes_of_tile):
+                        row, number = first, numbers
+                        if const_expr(tensors.pages is not None):
+                            row = (first + r * config.box) % self.calls.page_size
+                            number = cute.arch.shuffle_sync(numbers, (tile - looked) * boxes_of_tile + r)
+                        self._bring(maps.k, maps.m_k, shared.k, head, number, row, r, tiles, at)
+                        self._bring(maps.v, maps.m_v, shared.v, head, number, row, r, tiles, at)
+                    at = tiles.next(at)
+                    tile += 1
+                    if tile == looked + LANES // boxes_of_tile:
+                        numbers, looked = self._places(maps, tensors, calls, sequence, keys, tile), tile
+                if part == 0 and drawn and left == 0:
+                    answer = ask(counter)
+            if left > 0:
+                sequence = next_in_row(sequence + 1, limit, calls, window, config.tile_n)
+                chunk, tile = Int32(0), Int32(0)
+            elif drawn:
+                item = given + cute.arch.shuffle_sync(answer, 0)
         if drawn:
-            retire(counter, teams * heads)
+            retire(counter, blocks)
+
+    @cute.jit
+    def _ready(self):
+        """All warps wait until the rings' barriers are made."""
+        cute.arch.barrier(barrier_id=READY_BARRIER, number_of_threads=self.config.threads)
 
     @cute.jit
     def _places(self, maps, tensors, calls, sequence, keys, tile):
@@ -361,9 +376,9 @@ class Decode:
         cute.copy(atom, t_g, t_s, tma_bar_ptr=tiles.full_barrier(at))
 
     @cute.jit
-    def compute(self, tensors, shared, tiles, draws, work, values, cap):
+    def compute(self, tensors, shared, tiles, runs, work, values, cap):
         """A warp that computes. Waits on the full barriers of both rings and lets go of their slots."""
-        config, (calls, window, splits, heads, share, drawn) = self.config, work
+        config, (calls, window, splits, heads) = self.config, work
         thread, _, _ = cute.arch.thread_idx()
         warp_index = cute.arch.make_warp_uniform(thread // 32)
         mma = cute.make_tiled_mma(
@@ -385,65 +400,46 @@ class Decode:
             cap=cap,
         )
         rows, of_row = calls.rows_q * self.group, config.row_threads
-        head, _, _ = cute.arch.block_idx()
-        place = Place(head, thread // of_row, rows, thread % of_row * 4)
-        whole, turn = self._nothing(), draws.start()
-        sequence, first_chunk, tile, n_tiles = share
-        keys = keys_of(sequence, calls, window, config.tile_n)
-        # Whether an earlier team has the sequence's first chunks, and so this block's place among the parts.
-        inherited = tile > 0
-        first_sequence, first_chunks = sequence, keys.chunks
-        # Tiles of the share and chunks of the sequence that are done.
-        done, ended = Int32(0), first_chunk
-        fresh = True
-        while done < n_tiles:
-            if fresh:
+        whole, turn, done, count = self._nothing(), runs.start(), Int32(0), Int32(1)
+        while count > 0:
+            runs.wait(turn)
+            pair, chunk, tile, count = [shared.runs[n, turn.index] for n in range(RUN_WORDS)]
+            runs.release(turn)
+            turn = runs.next(turn)
+            if count > 0:
+                sequence = pair // heads
+                place = Place(pair - sequence * heads, thread // of_row, rows, thread % of_row * 4)
                 self._load_query(state, tensors.q, sequence, place)
-            count = first_tile(ended + 1, keys, calls) - tile
-            state.acc_o.fill(0.0)
-            state.pivot.fill(-Float32.inf)
-            state.row_sum.fill(0.0)
-            for n in cutlass.range(warp_index, count, WARPS, unroll=1):
-                number = done + n
-                at = Cursor(number % config.slots, number // config.slots % 2)
-                self._fold_tile(state, shared, tiles, at, keys, window, calls.rows_q, keys.span.begin + tile + n)
-            part = self._fold_warps(state, shared, warp_index, place)
-            if inherited:
-                pair = Int64(sequence) * heads + place.head
-                self._store_part(splits, calls.batch * heads, pair, ended, place, part)
-            else:
-                self._fold(whole, part, True)
-            done += count
-            tile += count
-            ended += 1
-            fresh = tile == keys.tiles
-            if fresh:
-                if not inherited:
-                    self._store_result(tensors, sequence, place, whole)
-                self._clear(whole)
-                inherited = False
-                tile, ended = Int32(0), Int32(0)
-                sequence += 1
-                if drawn:
-                    draws.wait(turn)
-                    item = shared.words[1 + turn.index]
-                    draws.release(turn)
-                    turn = draws.next(turn)
-                    sequence = item // heads
-                    place = Place(item % heads, *place[1:])  # the row and the columns stay
                 keys = keys_of(sequence, calls, window, config.tile_n)
-                if drawn:
-                    n_tiles += tiles_there(sequence, keys, calls)
-
-        # Sequences that this block shares with others: the one it began within, and the one it ended within; none where
-        # sequences are drawn, since these begin and end with tile 0.
-        if first_chunk > 0 and n_tiles > 0:
-            arrived = (ended if sequence == first_sequence else first_chunks) - first_chunk
-            self._arrive(tensors, shared, splits, calls, first_sequence, place, heads, arrived, first_chunks)
-        if tile > 0 and n_tiles > 0 and not inherited:
-            self._store_part(splits, calls.batch * heads, Int64(sequence) * heads + place.head, Int32(0), place, whole)
-            news = ended + ended * HELD
-            self._arrive(tensors, shared, splits, calls, sequence, place, heads, news, keys.chunks)
+                # Whether another block has the sequence's first chunks, and so this run's place among the parts.
+                inherited, ended, end = tile > 0, chunk, tile + count
+                self._clear(whole)
+                while tile < end:
+                    following = first_tile(ended + 1, keys, calls)
+                    state.acc_o.fill(0.0)
+                    state.pivot.fill(-Float32.inf)
+                    state.row_sum.fill(0.0)
+                    for n in cutlass.range(tile + warp_index, following, WARPS, unroll=1):
+                        number = done + n - tile
+                        at = Cursor(number % config.slots, number // config.slots % 2)
+                        self._fold_tile(state, shared, tiles, at, keys, window, calls.rows_q, keys.span.begin + n)
+                    part = self._fold_warps(state, shared, warp_index, place)
+                    if inherited:
+                        self._store_part(splits, calls.batch * heads, Int64(pair), ended, place, part)
+                    else:
+                        self._fold(whole, part, True)
+                    done += following - tile
+                    tile = following
+                    ended += 1
+                is_whole = end == keys.tiles and not inherited
+                if not is_whole:
+                    news = ended - chunk
+                    if not inherited:
+                        self._store_part(splits, calls.batch * heads, Int64(pair), Int32(0), place, whole)
+                        news += ended * HELD
+                    is_whole = self._arrive(shared, splits, calls, Int64(pair), place, heads, news, keys.chunks, whole)
+                if is_whole:
+                    self._store_result(tensors, sequence, place, whole)
 
     @cute.jit
     def _load_query(self, state, m_q, sequence, place):
@@ -627,24 +623,23 @@ class Decode:
                 statistics[1] = folded.row_sum[0]
 
     @cute.jit
-    def _arrive(self, tensors, shared, splits, calls, sequence, place, heads, news, chunks):
-        """Says that this block's parts are there; the last block to do so folds all, and stores the result."""
-        pair = Int64(sequence) * heads + place.head
+    def _arrive(self, shared, splits, calls, pair, place, heads, news, chunks, whole) -> Boolean:
+        """Says that this block's parts are there; the last block to do so folds all into `whole`, and is told."""
         thread, _, _ = cute.arch.thread_idx()
         self._sync()  # what the block stored is released with this thread's addition
         if thread == 0:
-            arrivals = splits.arrivals.iterator + pair
-            news += cute.arch.atomic_add(arrivals, news, sem="acq_rel", scope="gpu")
-            shared.words[0] = news
+            news += cute.arch.atomic_add(splits.arrivals.iterator + pair, news, sem="acq_rel", scope="gpu")
+            shared.word[0] = news
             if news % HELD == chunks:
                 splits.arrivals[pair] = Int32(0)
         self._sync()
-        news = shared.words[0]
-        if news % HELD == chunks:
-            whole = self._nothing()
+        news = shared.word[0]
+        is_last = news % HELD == chunks
+        if is_last:
+            self._clear(whole)
             if place.row < place.rows:
                 self._merge(whole, splits, calls.batch * heads, pair, cutlass.max(news // HELD, 1), chunks, place)
-            self._store_result(tensors, sequence, place, whole)
+        return is_last
 
     @cute.jit
     def _merge(self, whole, splits, pairs, pair, held, chunks, place):

@@ -6,8 +6,9 @@ where the nearest chunk of tiles begins, and where chunks begin depends on nothi
 chunk has a softmax of its own, folded into the sequence's in order, so results depend neither on the batch nor on who
 computed what.
 
-Multiprocessors do not read equally fast, by a quarter on an H100. Where sequences are short beside a share (`DRAWN`),
-blocks therefore draw whole ones, as they get there, and all end at about the same time.
+Multiprocessors do not read equally fast, by a quarter on an H100. Where enough of the work is sequences that are short
+beside a share (`DRAWN`), only the others are cut into shares; of the short ones blocks draw whole ones, as they get
+there, the longest first, and all end at about the same time.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from fa4_cute.decode_config import WARPS
 from fa4_cute.ranges import Span, Window, key_span
 from fa4_cute.schedule import LANES, sums
 
 DRAWN = 8
-"""How many of the longest sequence a share has to hold for sequences to be drawn: the last ones end within so much."""
+"""How many of a sequence a share has to hold for it to be drawn: the last ones end within so much."""
+ENOUGH = 4
+"""Sequences are drawn where they are no less of the work than one part in so many: they even out the rest."""
 
 
 class Calls(NamedTuple):
@@ -66,6 +69,35 @@ class Share(NamedTuple):
     tiles: Int32
 
 
+class Deal(NamedTuple):
+    """How a call's sequences are dealt: the block's share of those of more than `limit` tiles; the others are drawn.
+
+    limit: 0 where none is drawn. longest: tiles of the longest one that is drawn, or 0. shared: tiles of all shares.
+    """
+
+    share: Share
+    limit: Int32
+    longest: Int32
+    shared: Int32
+
+
+class Draws(NamedTuple):
+    """A warp's place among the sequences that are drawn, which have numbers: the longest ones the first.
+
+    They are counted in passes, each of those with more than half the tiles that the longest one left has. longest: the
+    most tiles of this pass, 0 when no pass is left. shorter: the most that this lane has met in one of a later pass.
+    base: the first of the 32 sequences that the lanes are at. found: which of them belong to the pass, a bit each.
+    begin, end: the number of the first of these, and the one after the last.
+    """
+
+    longest: Int32
+    shorter: Int32
+    base: Int32
+    found: Int32
+    begin: Int32
+    end: Int32
+
+
 @cute.jit
 def keys_of(sequence: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Keys:
     """The keys of a sequence; past the last one, those of the last. Clamped, whatever the device says."""
@@ -104,34 +136,41 @@ def first_tile(chunk: Int32, keys: Keys, calls: Calls) -> Int32:
 
 
 @cute.jit
-def tiles_there(sequence: Int32, keys: Keys, calls: Calls) -> Int32:
-    """Tiles of a sequence, whose keys these are; none past the last one."""
-    return keys.tiles if sequence < calls.batch else Int32(0)
+def find_share(team: Int32, teams: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Deal:
+    """How the call is dealt, and a team's share; called by a whole warp, whose lanes look at 32 sequences at a time."""
+    shared, tiles = Int32(0), Int32(0)
+    for base in cutlass.range(0, calls.batch, LANES, unroll=1):
+        tiles = _tiles_of_lane(base, calls, window, tile_n)
+        shared += tiles
+    shared = cute.arch.warp_redux_sync(shared, "add")
+    limit, longest = Int32(0), Int32(0)
+    if calls.batch * ENOUGH >= teams * DRAWN:  # else there are too few for the short ones to be enough
+        limit = Int32(Float32(shared) * cute.arch.rcp_approx(Float32(teams * DRAWN)))
+        short = Int32(0)
+        for base in cutlass.range(0, calls.batch, LANES, unroll=1):
+            if calls.batch > LANES:
+                tiles = _tiles_of_lane(base, calls, window, tile_n)
+            mine = tiles if tiles <= limit else Int32(0)
+            short += mine
+            longest = cutlass.max(longest, mine)
+        short, longest = cute.arch.warp_redux_sync(short, "add"), cute.arch.warp_redux_sync(longest, "max")
+        if short >= shared // ENOUGH:
+            shared -= short
+        else:
+            limit, longest = Int32(0), Int32(0)
+    share = Share(Int32(0), Int32(0), Int32(0), Int32(0))
+    if shared > 0:
+        cut = _cut(shared, team + cute.arch.lane_idx() % 2, teams)
+        share = _between(cut, tiles, limit, calls, window, tile_n)
+    return Deal(share, limit, longest, shared)
 
 
 @cute.jit
-def find_share(
-    team: Int32, teams: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]
-) -> tuple[Share, Boolean]:
-    """The first share of a team, and whether it draws more of them; called by a whole warp.
-
-    Its lanes look at 32 sequences at a time.
-    """
-    lane = cute.arch.lane_idx()
-    total, longest, tiles = Int32(0), Int32(0), Int32(0)
-    for base in cutlass.range(0, calls.batch, LANES, unroll=1):
-        keys = keys_of(base + lane, calls, window, tile_n)
-        tiles = tiles_there(base + lane, keys, calls)
-        total += tiles
-        longest = cutlass.max(longest, keys.tiles)
-    total, longest = cute.arch.warp_redux_sync(total, "add"), cute.arch.warp_redux_sync(longest, "max")
-    share = Share(team, Int32(0), Int32(0), Int32(0))
-    drawn = Float32(longest) * DRAWN * Float32(teams) <= Float32(total)
-    if drawn:
-        share = Share(team, Int32(0), Int32(0), tiles_there(team, keys_of(team, calls, window, tile_n), calls))
-    else:
-        share = _between(_cut(total, team + lane % 2, teams), tiles, calls, window, tile_n)
-    return share, drawn
+def _tiles_of_lane(base: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Int32:
+    """Tiles of the sequence `base` + lane; none past the last one."""
+    sequence = base + cute.arch.lane_idx()
+    keys = keys_of(sequence, calls, window, tile_n)
+    return keys.tiles if sequence < calls.batch else Int32(0)
 
 
 @cute.jit
@@ -146,21 +185,24 @@ def _cut(total: Int32, team: Int32, teams: Int32) -> Float32:
 
 
 @cute.jit
-def _between(cut: Float32, tiles: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Share:
+def _between(
+    cut: Float32, tiles: Int32, limit: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]
+) -> Share:
     """The share between the chunks that begin nearest to two places in the row of all tiles; by a whole warp.
 
     cut: the first place in even lanes, the other in odd ones. So one instruction rounds both, and a share ends where
     the next one begins, however the compiler contracts products and sums. tiles: of the lane's sequence, if there are
-    no more sequences than lanes.
+    no more sequences than lanes. limit: the tiles of sequences up to which they are not in the row.
     """
     lane, counted = cute.arch.lane_idx(), Int32(0)
     first, last = cute.arch.shuffle_sync(cut, 0), cute.arch.shuffle_sync(cut, 1)
     first_sequence, before_first, last_sequence, before_last = Int32(0), Int32(0), Int32(0), Int32(0)
     for base in cutlass.range(0, calls.batch, LANES, unroll=1):
         if calls.batch > LANES:
-            tiles = tiles_there(base + lane, keys_of(base + lane, calls, window, tile_n), calls)
-        before, sum_all = sums(tiles)
-        end = counted + before + tiles
+            tiles = _tiles_of_lane(base, calls, window, tile_n)
+        mine = tiles if tiles > limit else Int32(0)
+        before, sum_all = sums(mine)
+        end = counted + before + mine
         exists = base + lane < calls.batch
         passed = cute.arch.popc(cute.arch.vote_ballot_sync(exists and Float32(end) <= first))
         there = cute.arch.shuffle_sync(end, cutlass.max(passed - 1, 0))
@@ -175,6 +217,8 @@ def _between(cut: Float32, tiles: Int32, calls: Calls, window: Window, tile_n: c
     sequence, before = first_sequence if is_first else last_sequence, before_first if is_first else before_last
     sequence, chunk, tile, place = _nearest_chunk(sequence, before, cut, calls, window, tile_n)
     sequence, chunk, tile = (cute.arch.shuffle_sync(word, 0) for word in (sequence, chunk, tile))
+    if tile == 0:
+        sequence = next_in_row(sequence, limit, calls, window, tile_n)
     return Share(sequence, chunk, tile, cute.arch.shuffle_sync(place, 1) - cute.arch.shuffle_sync(place, 0))
 
 
@@ -193,3 +237,49 @@ def _nearest_chunk(
     tile = first_tile(chunk, keys, calls)
     place, passed = before + tile, chunk == keys.chunks
     return sequence + Int32(passed), Int32(0) if passed else chunk, Int32(0) if passed else tile, place
+
+
+@cute.jit
+def next_in_row(sequence: Int32, limit: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Int32:
+    """The first sequence from this one on that shares are made of, or one past the last; by a whole warp."""
+    if limit > 0:
+        base, found = sequence, Int32(0)
+        while found == 0 and base < calls.batch:
+            found = cute.arch.vote_ballot_sync(_tiles_of_lane(base, calls, window, tile_n) > limit)
+            sequence = base + _first_bit(found)
+            base += LANES
+    return sequence
+
+
+@cute.jit
+def start_draws(deal: Deal) -> Draws:
+    """Before the first one is drawn."""
+    return Draws(deal.longest, Int32(0), Int32(-LANES), Int32(0), Int32(0), Int32(0))
+
+
+@cute.jit
+def find_drawn(
+    number: Int32, draws: Draws, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]
+) -> tuple[Int32, Draws]:
+    """The sequence of a number, which is above the last one asked for; `batch` if there is none. By a whole warp."""
+    longest, shorter, base, found, begin, end = draws
+    lane = cute.arch.lane_idx()
+    while longest > 0 and number >= end:
+        base += LANES
+        if base >= calls.batch:
+            longest, shorter, base = cute.arch.warp_redux_sync(shorter, "max"), Int32(0), Int32(0)
+        tiles = _tiles_of_lane(base, calls, window, tile_n)
+        later = longest // 2 if longest > WARPS else Int32(0)  # up to so many tiles
+        shorter = cutlass.max(shorter, tiles if tiles <= later else Int32(0))
+        found = cute.arch.vote_ballot_sync(tiles > later and tiles <= longest)
+        begin, end = end, end + cute.arch.popc(found)
+    # The lane before which as many bits are set as numbers before this one.
+    mine = (found >> lane) % 2 != 0 and cute.arch.popc(found & ((Int32(1) << lane) - 1)) == number - begin
+    sequence = base + _first_bit(cute.arch.vote_ballot_sync(mine))
+    return sequence if longest > 0 else calls.batch, Draws(longest, shorter, base, found, begin, end)
+
+
+@cute.jit
+def _first_bit(bits: Int32) -> Int32:
+    """The lowest bit that is set; 32 where none is."""
+    return cute.arch.popc((bits & -bits) - 1)

@@ -7,7 +7,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from fa4_cute.decode_shares import Calls, find_share, first_tile, keys_of
+from fa4_cute.decode_shares import Calls, find_drawn, find_share, first_tile, keys_of, start_draws
 from fa4_cute.exp2 import exp2_pair
 from fa4_cute.params import fake_numbers
 from fa4_cute.ranges import Window
@@ -68,15 +68,15 @@ class SoftcapProbe(_Probe):
 class SharesProbe:
     """Shares of teams and chunks of sequences of `lengths` keys, in tiles of `tile_n`.
 
-    shares (teams, 5): sequence, chunk, tile, tiles, whether sequences are drawn. chunks (batch, 2 + most chunks):
-    tiles, their number, where they begin.
+    shares (teams, 5): sequence, chunk, tile, tiles, and the most tiles of a sequence that is drawn. chunks (batch, 2 +
+    most chunks): tiles, their number, where they begin. order (n,): the sequences as they are drawn, then the batch.
     """
 
     def __init__(self, tile_n: int) -> None:
         self.tile_n = tile_n
 
     def fake_arguments(self):
-        tensors = [fake_numbers(Int32, 1), fake_numbers(Int32, 2), fake_numbers(Int32, 2)]
+        tensors = [fake_numbers(Int32, 1), fake_numbers(Int32, 2), fake_numbers(Int32, 2), fake_numbers(Int32, 1)]
         return [*tensors, Int32(1), Int32(1), Int32(1), make_fake_stream()]
 
     @cute.jit
@@ -85,26 +85,40 @@ class SharesProbe:
         lengths: cute.Tensor,
         shares: cute.Tensor,
         chunks: cute.Tensor,
+        order: cute.Tensor,
         capacity: Int32,
         wanted: Int32,
         teams: Int32,
         stream,
     ):
-        self.kernel(lengths, shares, chunks, capacity, wanted).launch(
+        self.kernel(lengths, shares, chunks, order, capacity, wanted).launch(
             grid=[1, teams, 1], block=[32, 1, 1], stream=stream
         )
 
     @cute.kernel
-    def kernel(self, lengths: cute.Tensor, shares: cute.Tensor, chunks: cute.Tensor, capacity: Int32, wanted: Int32):
+    def kernel(
+        self,
+        lengths: cute.Tensor,
+        shares: cute.Tensor,
+        chunks: cute.Tensor,
+        order: cute.Tensor,
+        capacity: Int32,
+        wanted: Int32,
+    ):
         _, team, _ = cute.arch.block_idx()
         _, teams, _ = cute.arch.grid_dim()
         calls = Calls(lengths, None, lengths.shape[0], Int32(1), capacity, capacity, Int32(0), wanted)
         window = Window(None, None)
-        share, drawn = find_share(team, teams, calls, window, self.tile_n)
+        deal = find_share(team, teams, calls, window, self.tile_n)
+        draws = start_draws(deal)
+        for number in cutlass.range(team, order.shape[0], teams, unroll=1):
+            drawn, draws = find_drawn(Int32(number), draws, calls, window, self.tile_n)
+            if cute.arch.lane_idx() == 0:
+                order[number] = drawn
         if cute.arch.lane_idx() == 0:
             for n in cutlass.range_constexpr(4):
-                shares[team, n] = share[n]
-            shares[team, 4] = Int32(drawn)
+                shares[team, n] = deal.share[n]
+            shares[team, 4] = deal.longest
             if team == 0:
                 for sequence in cutlass.range(0, calls.batch, unroll=1):
                     keys = keys_of(Int32(sequence), calls, window, self.tile_n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,7 @@ dispatch = pytest.importorskip("dispatch", reason="run from the repository's roo
 
 from fa4_core import kvcache  # noqa: E402
 from fa4_core.checks import compare, expected  # noqa: E402
-from fa4_cute.decode_shares import DRAWN  # noqa: E402
+from fa4_cute.decode_shares import DRAWN, ENOUGH  # noqa: E402
 
 from .cute_backend import emulated_cute_decode  # noqa: E402
 from .cute_backend import run as run_kernel  # noqa: E402
@@ -114,6 +115,18 @@ def test_a_row_depends_on_its_own_sequence_alone_bit_for_bit():
         assert all(torch.equal(a[0], t[b]) for a, t in zip(alone, together)), b
 
 
+def test_long_sequences_are_shared_and_short_ones_drawn_after_them():
+    """Blocks end one, begin within the next and go on with whole ones; the same bits as of shares alone."""
+    lengths = [64 * n + n for n in (1, 30, 2, 1, 45, 0, 3, 1, 20, 2, 1, 1, 2, 3, 1, 2, 4, 1, 2)]
+    tensors, options, dense, plain = call_of(KINDS["plain-128-gqa"], lengths, 1, 3)
+    results = []
+    for programs, drawn in ((4, True), (6, True), (30, False)):
+        assert (len(lengths) * ENOUGH >= programs // 2 * DRAWN) is drawn
+        results.append(run(tensors, options, programs=programs, seed=programs))
+    require(*results[0], expected(*dense, **plain))
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0]))
+
+
 @pytest.mark.parametrize("kinds", ["plain-128-gqa", "page-16-64-causal-sink"])
 def test_many_short_sequences_are_drawn_and_give_the_same_bits(kinds):
     """On few multiprocessors, of which each has many sequences to do, against one share for each of many."""
@@ -142,6 +155,12 @@ DEALS = [
     ([70_000, 3, 64 * 512, 64 * 513, 0, 20_000], 33, 0),
     *(([1000, 0, 0, 9_999_999], 7, splits) for splits in (1, 7, 64)),
     ([64 * 10] * 3, 5, 64),
+    # Some long, others drawn; few of each, and more than lanes.
+    ([64 * 40, 64 * 50, *(64 * (n % 5) for n in range(30))], 2, 0),
+    ([*(64 * (n % 7) for n in range(100)), 64 * 200, 0, 64 * 90, *(64 for _ in range(70)), 64 * 333], 4, 0),
+    ([*(64 * (n % 3) for n in range(70)), *(64 * 200 + n for n in range(3)), 64 * 9], 5, 3),
+    ([*(64 * n for n in range(1, 90)), 64 * 2000], 3, 0),
+    ([*(64 * 400 for _ in range(40)), 64], 16, 0),
 ]  # fmt: skip
 
 
@@ -153,32 +172,44 @@ def chunks_of(tiles, splits):
 
 
 @pytest.mark.parametrize("number", range(len(DEALS)))
-def test_the_shares_are_all_tiles_in_order_and_begin_where_chunks_do(number):
+def test_every_tile_is_in_a_share_or_drawn_and_shares_begin_where_chunks_do(number):
     lengths, teams, splits = DEALS[number]
-    shares, chunks = torch.full((teams, 5), -7, dtype=INT32), torch.full((len(lengths), 66), -7, dtype=INT32)
+    batch = len(lengths)
+    shares, chunks = torch.full((teams, 5), -7, dtype=INT32), torch.full((batch, 66), -7, dtype=INT32)
+    order = torch.full((batch + 1,), -7, dtype=INT32)
     request = Request("sm_90a", "tests.emulator.cute_probe:SharesProbe", (64,))
-    run_kernel(request, [torch.tensor(lengths, dtype=INT32), shares, chunks, MOST, splits, teams])
+    run_kernel(request, [torch.tensor(lengths, dtype=INT32), shares, chunks, order, MOST, splits, teams])
     tiles = [max(1, -(-n // 64)) for n in lengths]
     begins = [chunks_of(n, splits) for n in tiles]
     for (n_tiles, n_chunks, *found), n, want in zip(chunks.tolist(), tiles, begins):
         assert (n_tiles, n_chunks, found[: len(want)]) == (n, len(want), want)
         assert len(want) <= 64
 
-    total, before, at = sum(tiles), [sum(tiles[:i]) for i in range(len(tiles))], 0
-    drawn = DRAWN * teams * max(tiles) <= total
-    longest = max(b - a for begin, n in zip(begins, tiles) for a, b in zip(begin, [*begin[1:], n]))
-    for team, (sequence, chunk, tile, n, drawing) in enumerate(shares.tolist()):
-        assert drawing == drawn
-        if drawn:
-            assert (sequence, chunk, tile, n) == (team, 0, 0, tiles[team])
-        elif n:
+    limit = sum(tiles) / teams / DRAWN
+    short = [n for n in tiles if n <= limit]
+    assert all(abs(n - limit) > limit * 1e-6 or n == limit for n in tiles)  # else rounding would choose
+    short = short if sum(short) >= sum(tiles) // ENOUGH else []
+    assert set(shares[:, 4].tolist()) == {max(short, default=0)}
+    order = order[: len(short) + 1].tolist()
+    assert sorted(tiles[i] for i in order[:-1]) == sorted(short)
+    assert len(set(order)) == len(order)
+    assert order[-1] == batch
+    assert all(tiles[a] * 2 >= tiles[b] or tiles[b] <= 4 for a, b in itertools.pairwise(order[:-1]))
+
+    row = [i for i in range(batch) if tiles[i] > max(short, default=0)]
+    total, before, at = sum(tiles[i] for i in row), {}, 0
+    for i in row:
+        before[i], at = at, at + tiles[i]
+    longest, at = max((b - a for i in row for a, b in itertools.pairwise([*begins[i], tiles[i]])), default=0), 0
+    for sequence, chunk, tile, n, _ in shares.tolist():
+        if n:
             assert before[sequence] + tile == at
             assert begins[sequence][chunk] == tile
             assert n <= total / teams + longest + total * 2**-20
-            if len(lengths) == 1 and not splits:  # all have the fewest chunks that they can
+            if batch == 1 and not splits:  # all have the fewest chunks that they can
                 assert n <= -(-len(begins[0]) // teams) * longest
         at += n
-    assert drawn or at == total
+    assert at == total
 
 
 def test_splits_that_are_asked_for_equal_the_whole():
