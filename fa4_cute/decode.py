@@ -35,7 +35,7 @@ from cutlass.cute.nvgpu import cpasync, warp
 from cutlass.cute.runtime import make_fake_stream
 
 from fa4_cute.decode_config import BLOCK_COLUMNS, WARP_ROWS, WARPS, CacheKinds, DecodeConfig, config_for
-from fa4_cute.decode_shares import Calls, find_drawn, find_share, first_tile, keys_of, next_in_row, start_draws
+from fa4_cute.decode_shares import Calls, Share, find_drawn, find_share, first_tile, keys_of, start_draws
 from fa4_cute.params import DTYPES, Values, fake_numbers, fake_rows
 from fa4_cute.pipelines import Cursor, Ring
 from fa4_cute.ranges import Window, visible_keys
@@ -55,7 +55,9 @@ RUN_WORDS = 4
 """Words that tell of a run: the pair, its first chunk, that one's first tile, and its tiles, 0 where no run is left."""
 SOON = 4
 """Tiles before the end of a run at which the next sequence is asked for, if it is drawn: it comes in time."""
-READ = 128
+LINE = 128
+"""Bytes that the L2 cache is told to discard at a time."""
+READ = 64
 """Numbers of parts that a thread reads at a time in a merge: all that fits into registers waits for memory but once."""
 
 
@@ -83,9 +85,9 @@ class Maps(NamedTuple):
 class Splits(NamedTuple):
     """Work space of the split, for each sequence and KV head (a pair).
 
-    parts: float32, for each of `slots` chunks O unnormalised (rows, D), and after them all, for each row of each, its
-    pivot (log2 units) and its sum. arrivals: int32 for each pair, 0 between launches: the chunks that arrived, and in
-    units of HELD how many of them the first part holds; and after them all the two of `schedule.draw`.
+    parts: float32, for each of `slots` chunks its rows of `part_columns`: O unnormalised (D), pivot (log2 units), sum.
+    arrivals: int32 for each pair, 0 between launches: the chunks that arrived, and in units of HELD how many of
+    them the first part holds; and after them all the two of `schedule.draw`.
     """
 
     parts: cute.Tensor
@@ -287,59 +289,60 @@ class Decode:
         blocks, boxes_of_tile = teams * heads, config.tile_n // config.box
         deal = find_share(team, teams, calls, window, config.tile_n)
         self._ready()  # after the first reads from memory, which take longer than the barriers
-        sequence, chunk, tile, left = deal.share
-        draws, drawn, limit = start_draws(deal), deal.longest > 0, deal.limit
-        # Where all sequences are drawn, each block's first is its own; further ones are asked for while the one before
-        # is read: the first lane is told when that is on its way.
+        run, draws, drawn = deal.share, start_draws(deal), deal.drawn
+        left = run.tiles
+        # A block's first piece of what is drawn is its own; further ones are asked for while the one before is read:
+        # the first lane is told when that is on its way.
         counter = cute.make_tensor(splits.arrivals.iterator + calls.batch * heads, cute.make_layout(2))
-        item, given, answer = team * heads + head, blocks, Int32(0)
-        if deal.shared > 0:
-            given = Int32(0)
-            if drawn and left == 0:
-                answer = ask(counter)
-                item = cute.arch.shuffle_sync(answer, 0)
-        at, turn, count = tiles.start(), runs.start(), Int32(1)
-        while count > 0:
-            if left == 0 and drawn:
-                sequence, draws = find_drawn(item // heads, draws, calls, window, config.tile_n)
-                head, chunk, tile = item % heads, Int32(0), Int32(0)
-            keys = keys_of(sequence, calls, window, config.tile_n)
-            count = cutlass.min(left, keys.tiles - tile)
-            left -= count
-            # Of a sequence that was drawn, all.
-            if count == 0 and drawn and sequence < calls.batch:
-                count = keys.tiles
-            runs.acquire(turn)
-            with cute.arch.elect_one():
-                for n, word in enumerate((sequence * heads + head, chunk, tile, count)):
-                    shared.runs[n, turn.index] = word
-                runs.publish(turn)
-            turn = runs.next(turn)
+        item, answer = team * heads + head, Int32(0)
+        at, turn, going = tiles.start(), runs.start(), Boolean(True)
+        while going:
+            if drawn:
+                number = item // heads
+                head = item - number * heads
+                run, draws = find_drawn(number, draws, deal.limit, calls, window, config.tile_n, config.unit_log)
+            keys = keys_of(run.sequence, calls, window, config.tile_n)
+            sequence, chunk, tile, count = run
+            if not drawn:
+                count = cutlass.min(left, keys.tiles - tile)
+                left -= count
             numbers, looked, end = self._places(maps, tensors, calls, sequence, keys, tile), tile, tile + count
-            for part in cutlass.range(2, unroll=1):
-                while tile < (end - SOON if part == 0 else end):
+            for part in cutlass.range(3, unroll=1):
+                stop = cutlass.min(tile + 1, end)  # then the other warps are told of the run
+                if part == 1:
+                    stop = end - SOON  # then the next one is asked for
+                elif part == 2:
+                    stop = end
+                while tile < stop:
                     tiles.acquire(at)
                     with cute.arch.elect_one():
                         tiles.expect(at, config.slot_bytes)
                     first = keys.pad + (keys.span.begin + tile) * config.tile_n
                     for r in cutlass.range_constexpr(boxes_of_tile):
-                        row, number = first, numbers
+                        row, place = first, numbers
                         if const_expr(tensors.pages is not None):
                             row = (first + r * config.box) % self.calls.page_size
-                            number = cute.arch.shuffle_sync(numbers, (tile - looked) * boxes_of_tile + r)
-                        self._bring(maps.k, maps.m_k, shared.k, head, number, row, r, tiles, at)
-                        self._bring(maps.v, maps.m_v, shared.v, head, number, row, r, tiles, at)
+                            place = cute.arch.shuffle_sync(numbers, (tile - looked) * boxes_of_tile + r)
+                        self._bring(maps.k, maps.m_k, shared.k, head, place, row, r, tiles, at)
+                        self._bring(maps.v, maps.m_v, shared.v, head, place, row, r, tiles, at)
                     at = tiles.next(at)
                     tile += 1
                     if tile == looked + LANES // boxes_of_tile:
                         numbers, looked = self._places(maps, tensors, calls, sequence, keys, tile), tile
-                if part == 0 and drawn and left == 0:
+                if part == 0:
+                    runs.acquire(turn)
+                    with cute.arch.elect_one():
+                        for n, word in enumerate((sequence * heads + head, chunk, run.tile, count)):
+                            shared.runs[n, turn.index] = word
+                        runs.publish(turn)
+                    turn = runs.next(turn)
+                elif part == 1 and drawn and count > 0:
                     answer = ask(counter)
-            if left > 0:
-                sequence = next_in_row(sequence + 1, limit, calls, window, config.tile_n)
-                chunk, tile = Int32(0), Int32(0)
-            elif drawn:
-                item = given + cute.arch.shuffle_sync(answer, 0)
+            going = count > 0
+            if drawn:
+                item = blocks + cute.arch.shuffle_sync(answer, 0)
+            else:
+                run = Share(sequence + 1, Int32(0), Int32(0), left)
         if drawn:
             retire(counter, blocks)
 
@@ -378,17 +381,69 @@ class Decode:
     @cute.jit
     def compute(self, tensors, shared, tiles, runs, work, values, cap):
         """A warp that computes. Waits on the full barriers of both rings and lets go of their slots."""
+        turn, done, count = runs.start(), Int32(0), Int32(1)
+        while count > 0:
+            runs.wait(turn)
+            pair, chunk, tile, count = [shared.runs[n, turn.index] for n in range(RUN_WORDS)]
+            runs.release(turn)
+            turn = runs.next(turn)
+            if count > 0:
+                self._attend(tensors, shared, tiles, work, values, cap, done, pair, chunk, tile, count)
+            done += count
+
+    @cute.jit
+    def _attend(self, tensors, shared, tiles, work, values, cap, done, pair, chunk, tile, count):
+        """A run: `count` tiles of a pair from a chunk on, which begins at `tile`. done: tiles of the ring before it."""
         config, (calls, window, splits, heads) = self.config, work
         thread, _, _ = cute.arch.thread_idx()
         warp_index = cute.arch.make_warp_uniform(thread // 32)
+        sequence, of_row = pair // heads, config.row_threads
+        head = pair - sequence * heads
+        place = Place(head, thread // of_row, calls.rows_q * self.group, thread % of_row * 4)
+        state, whole = self._state(thread % 32, values, cap), self._nothing()
+        for fragment in (state.p, state.acc_s, state.acc_o):
+            fragment.fill(0.0)  # or the compiler keeps what they held through the merge of the run before
+        self._load_query(state, tensors.q, sequence, place)
+        keys = keys_of(sequence, calls, window, config.tile_n)
+        # Whether another block has the sequence's first chunks, and so this run's place among the parts.
+        inherited, ended, end = tile > 0, chunk, tile + count
+        while tile < end:
+            following = first_tile(ended + 1, keys, calls)
+            state.acc_o.fill(0.0)
+            state.pivot.fill(-Float32.inf)
+            state.row_sum.fill(0.0)
+            for n in cutlass.range(tile + warp_index, following, WARPS, unroll=1):
+                number = done + n - tile
+                at = Cursor(number % config.slots, number // config.slots % 2)
+                self._fold_tile(state, shared, tiles, at, keys, window, calls.rows_q, keys.span.begin + n)
+            part = self._fold_warps(state, shared, warp_index, place)
+            if inherited:
+                self._store_part(splits, Int64(pair), ended, place, part)
+            else:
+                self._fold(whole, part)
+            done += following - tile
+            tile = following
+            ended += 1
+        is_whole = end == keys.tiles and not inherited
+        if not is_whole:
+            news = ended - chunk
+            if not inherited:
+                self._store_part(splits, Int64(pair), Int32(0), place, whole)
+                news += ended * HELD
+            is_whole = self._arrive(shared, splits, Int64(pair), place, news, keys.chunks, whole)
+        if is_whole:
+            self._store_result(tensors, sequence, place, whole)
+
+    def _state(self, lane: Int32, values: Values, cap: Cap | None) -> State:
+        config = self.config
         mma = cute.make_tiled_mma(
             warp.MmaF16BF16Op(self.dtype, Float32, (16, 8, 16)),
             cute.make_layout((1, 1, 1)),
             permutation_mnk=(16, 16, 16),
         )
-        of_lane = mma.get_slice(thread % 32)
-        state = State(
-            lane=thread % 32,
+        of_lane = mma.get_slice(lane)
+        return State(
+            lane=lane,
             mma=mma,
             q=mma.make_fragment_A(of_lane.partition_shape_A((WARP_ROWS, config.head_dim))),
             p=mma.make_fragment_A(of_lane.partition_shape_A((WARP_ROWS, config.tile_n))),
@@ -399,47 +454,6 @@ class Decode:
             values=values,
             cap=cap,
         )
-        rows, of_row = calls.rows_q * self.group, config.row_threads
-        whole, turn, done, count = self._nothing(), runs.start(), Int32(0), Int32(1)
-        while count > 0:
-            runs.wait(turn)
-            pair, chunk, tile, count = [shared.runs[n, turn.index] for n in range(RUN_WORDS)]
-            runs.release(turn)
-            turn = runs.next(turn)
-            if count > 0:
-                sequence = pair // heads
-                place = Place(pair - sequence * heads, thread // of_row, rows, thread % of_row * 4)
-                self._load_query(state, tensors.q, sequence, place)
-                keys = keys_of(sequence, calls, window, config.tile_n)
-                # Whether another block has the sequence's first chunks, and so this run's place among the parts.
-                inherited, ended, end = tile > 0, chunk, tile + count
-                self._clear(whole)
-                while tile < end:
-                    following = first_tile(ended + 1, keys, calls)
-                    state.acc_o.fill(0.0)
-                    state.pivot.fill(-Float32.inf)
-                    state.row_sum.fill(0.0)
-                    for n in cutlass.range(tile + warp_index, following, WARPS, unroll=1):
-                        number = done + n - tile
-                        at = Cursor(number % config.slots, number // config.slots % 2)
-                        self._fold_tile(state, shared, tiles, at, keys, window, calls.rows_q, keys.span.begin + n)
-                    part = self._fold_warps(state, shared, warp_index, place)
-                    if inherited:
-                        self._store_part(splits, calls.batch * heads, Int64(pair), ended, place, part)
-                    else:
-                        self._fold(whole, part, True)
-                    done += following - tile
-                    tile = following
-                    ended += 1
-                is_whole = end == keys.tiles and not inherited
-                if not is_whole:
-                    news = ended - chunk
-                    if not inherited:
-                        self._store_part(splits, calls.batch * heads, Int64(pair), Int32(0), place, whole)
-                        news += ended * HELD
-                    is_whole = self._arrive(shared, splits, calls, Int64(pair), place, heads, news, keys.chunks, whole)
-                if is_whole:
-                    self._store_result(tensors, sequence, place, whole)
 
     @cute.jit
     def _load_query(self, state, m_q, sequence, place):
@@ -543,16 +557,14 @@ class Decode:
         folded.row_sum.fill(0.0)
 
     @cute.jit
-    def _fold(self, whole, part, exists):
-        """Folds a chunk, if there is one, into what came before it; without a branch, that folds may overlap."""
+    def _fold(self, whole, part):
+        """Folds a chunk into what came before it."""
         highest = cute.arch.fmax(whole.pivot[0], part.pivot[0], nan=True)
         before, factor = rescale_factor(whole.pivot[0], highest), rescale_factor(part.pivot[0], highest)
         for at in cutlass.range_constexpr(cute.size(whole.out)):
-            out = _fma(part.out[at], factor, whole.out[at] * before)
-            whole.out[at] = out if exists else whole.out[at]
-        row_sum = _fma(part.row_sum[0], factor, whole.row_sum[0] * before)
-        whole.row_sum[0] = row_sum if exists else whole.row_sum[0]
-        whole.pivot[0] = highest if exists else whole.pivot[0]
+            whole.out[at] = _fma(part.out[at], factor, whole.out[at] * before)
+        whole.row_sum[0] = _fma(part.row_sum[0], factor, whole.row_sum[0] * before)
+        whole.pivot[0] = highest
 
     @cute.jit
     def _fold_warps(self, state, shared, warp_index, place):
@@ -601,29 +613,29 @@ class Decode:
         cute.arch.barrier(barrier_id=COMPUTE_BARRIER, number_of_threads=THREADS)
 
     @cute.jit
-    def _part(self, splits, pairs, pair, slot, place):
-        """A part's row: its columns (head_dim_v,), and its pivot and sum (2,)."""
-        dim = self.kinds.head_dim_v
-        number = (pair * splits.slots + slot) * place.rows + place.row
-        after = Int64(pairs) * splits.slots * place.rows * dim
-        parts = splits.parts.iterator
-        return (
-            cute.make_tensor((parts + number * dim).align(16), cute.make_layout(dim)),
-            cute.make_tensor((parts + (after + 2 * number)).align(8), cute.make_layout(2)),
-        )
+    def _part(self, splits, pair, place):
+        """Where the thread's columns of a pair's first part lie, and the pivot and the sum of their row.
+
+        For a thread that has no row, those of the last.
+        """
+        row = pair * splits.slots * self.config.rows + cutlass.min(place.row, place.rows - 1)
+        row = splits.parts.iterator + row * self.config.part_columns
+        return (row + place.column).align(16), (row + self.kinds.head_dim_v).align(16)
 
     @cute.jit
-    def _store_part(self, splits, pairs, pair, slot, place, folded):
+    def _store_part(self, splits, pair, slot, place, folded):
         if place.row < place.rows:
-            line, statistics = self._part(splits, pairs, pair, slot, place)
+            columns, statistics = self._part(splits, pair, place)
+            after = slot * (self.config.rows * self.config.part_columns)
             for n in cutlass.range_constexpr(self.config.columns // 4):
-                cute.autovec_copy(cute.local_tile(folded.out, (4,), (n,)), self._four(line, place, n))
+                _store_kept(
+                    columns + (after + 4 * self.config.row_threads * n), [folded.out[4 * n + i] for i in range(4)]
+                )
             if place.column == 0:
-                statistics[0] = folded.pivot[0]
-                statistics[1] = folded.row_sum[0]
+                _store_kept(statistics + after, [folded.pivot[0], folded.row_sum[0]])
 
     @cute.jit
-    def _arrive(self, shared, splits, calls, pair, place, heads, news, chunks, whole) -> Boolean:
+    def _arrive(self, shared, splits, pair, place, news, chunks, whole) -> Boolean:
         """Says that this block's parts are there; the last block to do so folds all into `whole`, and is told."""
         thread, _, _ = cute.arch.thread_idx()
         self._sync()  # what the block stored is released with this thread's addition
@@ -637,27 +649,64 @@ class Decode:
         is_last = news % HELD == chunks
         if is_last:
             self._clear(whole)
-            if place.row < place.rows:
-                self._merge(whole, splits, calls.batch * heads, pair, cutlass.max(news // HELD, 1), chunks, place)
+            self._merge(whole, splits, pair, cutlass.max(news // HELD, 1), chunks, place)
+            self._give_up(splits, pair, chunks)
         return is_last
 
     @cute.jit
-    def _merge(self, whole, splits, pairs, pair, held, chunks, place):
-        """Folds a pair's parts in their order: the first, which holds `held` chunks, and those of the chunks after."""
-        at_once = max(1, READ // self.config.columns)
+    def _merge(self, whole, splits, pair, held, chunks, place):
+        """Folds a pair's parts in their order: the first, which holds `held` chunks, and those of the chunks after.
+
+        As `_fold` does, but of as many parts as there are threads on a row each finds the factors of one.
+        """
+        config = self.config
+        at_once = min(config.row_threads, max(1, READ // config.columns))
+        columns, statistics = self._part(splits, pair, place)
+        part = config.rows * config.part_columns
+        number = place.column // 4
+        first_lane = cute.arch.lane_idx() - number
         for base in cutlass.range(held - 1, chunks, at_once, unroll=1):
-            read = [self._nothing() for _ in range(at_once)]
+            read = [cute.make_rmem_tensor(config.columns, Float32) for _ in range(at_once)]
+            first = base if base >= held else Int32(0)
             for j in cutlass.range_constexpr(at_once):
                 # Without a branch, so that all are read at once.
-                chunk = cutlass.min(base + j, chunks - 1)
-                slot = Int32(0) if chunk < held else chunk
-                line, statistics = self._part(splits, pairs, pair, slot, place)
-                for n in cutlass.range_constexpr(self.config.columns // 4):
-                    cute.autovec_copy(self._four(line, place, n), cute.local_tile(read[j].out, (4,), (n,)))
-                read[j].pivot[0] = statistics[0]
-                read[j].row_sum[0] = statistics[1]
+                begin = columns + (first if const_expr(j == 0) else base) * part
+                for n in cutlass.range_constexpr(config.columns // 4):
+                    four = _load_if(base + j < chunks, begin, 4 * (j * part + 4 * config.row_threads * n))
+                    for i in cutlass.range_constexpr(4):
+                        read[j][4 * n + i] = four[i]
+            mine = base + number
+            slot = cutlass.min(mine, chunks - 1) if mine >= held else Int32(0)
+            two = cute.make_rmem_tensor(2, Float32)
+            cute.autovec_copy(cute.make_tensor(statistics + slot * part, cute.make_layout(2)), two)
+            pivot, row_sum = two[0] if mine < chunks else -Float32.inf, two[1] if mine < chunks else Float32(0.0)
+            highest = cute.arch.fmax(whole.pivot[0], pivot, nan=True)
+            for distance in (1, 2, 4, 8, 16):
+                if const_expr(distance < at_once):
+                    other = cute.arch.shuffle_sync_up(highest, distance, mask_and_clamp=0)
+                    highest = cute.arch.fmax(highest, other, nan=True) if number >= distance else highest
+            previous = cute.arch.shuffle_sync_up(highest, 1, mask_and_clamp=0)
+            previous = previous if number > 0 else whole.pivot[0]
+            before, factor = rescale_factor(previous, highest), rescale_factor(pivot, highest)
             for j in cutlass.range_constexpr(at_once):
-                self._fold(whole, read[j], base + j < chunks)
+                one, other = [cute.arch.shuffle_sync(of_lane, first_lane + j) for of_lane in (before, factor)]
+                there = base + j < chunks
+                for at in cutlass.range_constexpr(config.columns):
+                    column = read[j][at] if there else Float32(0.0)
+                    whole.out[at] = _fma(column, other, whole.out[at] * one)
+                summand = cute.arch.shuffle_sync(row_sum, first_lane + j)
+                whole.row_sum[0] = _fma(summand, other, whole.row_sum[0] * one)
+            whole.pivot[0] = cute.arch.shuffle_sync(highest, first_lane + at_once - 1)
+
+    @cute.jit
+    def _give_up(self, splits, pair, chunks):
+        """Discards a pair's parts, which have been read, from L2, so that they are never written to memory."""
+        thread, _, _ = cute.arch.thread_idx()
+        part_bytes = 4 * self.config.rows * self.config.part_columns
+        first = splits.parts.iterator.toint() + pair * splits.slots * part_bytes
+        self._sync()
+        for line in cutlass.range(thread, chunks * (part_bytes // LINE), THREADS, unroll=1):
+            cute.arch.inline_ptx("discard.global.L2 [{$r0}], 128;", read_only_args=[first + Int64(line) * LINE])
 
     @cute.jit
     def _store_result(self, tensors, sequence, place, whole):
@@ -698,6 +747,28 @@ def _rows_layout(tile: tuple[int, int], *slots: int) -> cute.ComposedLayout:
         stride=(dim, (1, BLOCK_COLUMNS), *(rows * dim for _ in slots)),
     )
     return cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, plain)
+
+
+def _store_kept(pointer: cute.Pointer, numbers: list[Float32]) -> None:
+    """Stores float32 numbers that will soon be read and given up, so that the L2 cache keeps them until then."""
+    policy = cute.arch.inline_ptx(
+        "createpolicy.fractional.L2::evict_last.b64 {$w0};", write_only_types=[Int64], read_only_args=[]
+    )
+    vector = ", ".join(f"{{$r{n + 2}}}" for n in range(len(numbers)))
+    cute.arch.inline_ptx(
+        f"st.global.L2::cache_hint.v{len(numbers)}.f32 [{{$r0}}], {{{vector}}}, {{$r1}};",
+        read_only_args=[pointer.toint(), policy, *numbers],
+    )
+
+
+def _load_if(there: Boolean, pointer: cute.Pointer, after: int) -> list[Float32]:
+    """4 float32 numbers, `after` bytes behind a pointer; anything where they are not there."""
+    return cute.arch.inline_ptx(
+        f"ld.global.v4.f32 {{{{$w0}}, {{$w1}}, {{$w2}}, {{$w3}}}}, [{{$r0}}+{after}];",
+        write_only_types=[Float32] * 4,
+        read_only_args=[pointer.toint()],
+        predicate=there,
+    )
 
 
 def _fma(a: Float32, b: Float32, c: Float32) -> Float32:

@@ -26,6 +26,10 @@ MOST_CHUNKS = 64
 """Chunks that a sequence has at most; `decode_shares.keys_of` makes them."""
 MIN_BOX = 8
 """Rows after which the swizzle repeats, and so the fewest that TMA brings at a time."""
+PART_EXTRA = 8
+"""Floats of a part's row beside those of O: two statistics, and what makes a part whole lines of the L2 cache."""
+UNIT_BYTES = 2**17
+"""Keys and values of a unit of work that is drawn, at least: enough to hide what it costs beside its products."""
 COUNTED = 2**30
 """Key tiles, and rows of a sequence, that the kernel can number: sums of two stay within 32 bits."""
 MOST_PARTS = 2**31
@@ -89,6 +93,16 @@ class DecodeConfig:
         return self.head_dim_v + 4
 
     @property
+    def part_columns(self) -> int:
+        """Floats of a part's row."""
+        return self.head_dim_v + PART_EXTRA
+
+    @property
+    def unit_log(self) -> int:
+        """The binary logarithm of the tiles of a unit of work that is drawn: 128 KiB or more."""
+        return max(2, (UNIT_BYTES // self.slot_bytes - 1).bit_length())
+
+    @property
     def slot_bytes(self) -> int:
         return 2 * self.tile_n * (self.head_dim + self.head_dim_v)
 
@@ -116,6 +130,11 @@ def config_for(kinds: CacheKinds) -> DecodeConfig:
 
 def _tile_n(kinds: Kinds) -> int:
     return 64 if kinds.head_dim + kinds.head_dim_v <= 256 else 32
+
+
+def rounded(rows: int) -> int:
+    """Query rows of a sequence and KV head as kernels are compiled for them."""
+    return max(4, 1 << (rows - 1).bit_length())
 
 
 def missing(problem: CacheProblem) -> tuple[str, ...]:
@@ -163,5 +182,5 @@ def _most_tiles(problem: CacheProblem) -> int:
 def parts_of(problem: CacheProblem) -> int:
     """float32 numbers that the parts of a call take; see `decode.Splits`."""
     attend, kinds = problem.attend, problem.attend.kinds
-    rows = attend.batch * attend.heads_kv * attend.seqlen_q * kinds.group
-    return rows * slots_of(problem) * (kinds.head_dim_v + 2)
+    rows = attend.batch * attend.heads_kv * rounded(attend.seqlen_q * kinds.group)
+    return rows * slots_of(problem) * (kinds.head_dim_v + PART_EXTRA)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fa4_core.kvcache import CacheInputs, CacheProblem
 from fa4_core.work_space import work_space
 from fa4_cute import kernels
-from fa4_cute.decode_config import MOST_PARTS, CacheKinds, parts_of, slots_of
+from fa4_cute.decode_config import MOST_PARTS, CacheKinds, parts_of, rounded, slots_of
 from fa4_cute.launch import architecture_of, values_of
 
 DRAWS = 2
@@ -39,7 +39,7 @@ def kinds_of(problem: CacheProblem, with_lse: bool) -> CacheKinds:
     attend, kinds = problem.attend, problem.attend.kinds
     return CacheKinds(
         kinds=kinds,
-        rows=next(rows for rows in (4, 8, 16) if attend.seqlen_q * kinds.group <= rows),
+        rows=rounded(attend.seqlen_q * kinds.group),
         page_size=problem.page_size if kinds.paged else 0,
         lengths=problem.meta("cache_seqlens") is not None,
         indexed=problem.meta("cache_batch_idx") is not None,
