@@ -187,9 +187,10 @@ def _cache_options(
 def _remembered(check: Callable[..., Checked]) -> Callable[..., Checked]:
     """A check of options, remembered: calls have few, and again and again the same."""
     known = functools.lru_cache(maxsize=1024, typed=True)(check)  # by type, too: 1 is no True
+    is_traced = torch.compiler.is_dynamo_compiling
 
     def checked(*args) -> Checked:
-        if not torch.compiler.is_dynamo_compiling():
+        if not is_traced():
             try:  # contextlib.suppress would cost as much as the look-up
                 return known(*args)
             except TypeError:  # of the check, or of what has no hash
@@ -271,8 +272,7 @@ def attention(
         max_seqlen_q, max_seqlen_k, softmax_scale, softcap, causal, left, right, rescale_threshold, deterministic,
         backend, return_lse,
     )  # fmt: skip
-    out, lse = ops.attention(tensors, options)
-    return (out, lse) if return_lse else out
+    return ops.attention(tensors, options, return_lse)
 
 
 def attention_with_kvcache(

@@ -135,7 +135,8 @@ class _Call:
     """What calls of equal signatures and options share.
 
     cuda_index: of the device, None elsewhere. indexed: as `Kinds.indexed`. as_is: whether the backend takes the tensors
-    as they lie; then the first call leaves in `run` what the backend has prepared for the others.
+    as they lie; then the first call leaves in `run` what the backend has prepared for the others, or in `run_unread`
+    where nobody reads the LSE.
     """
 
     problem: Problem
@@ -145,6 +146,7 @@ class _Call:
     indexed: bool
     as_is: bool
     run: Callable[[tuple], tuple[Tensor, Tensor]] | None = None
+    run_unread: Callable[[tuple], tuple[Tensor, Tensor]] | None = None
 
 
 _NO_CALL = (None, None, None)
@@ -195,25 +197,35 @@ def _fitted(call: _Call, inputs: Inputs) -> tuple[Problem, Inputs]:
     return problem, Inputs(q, k, v, *[t if t is None else t.contiguous() for t in inputs[3:]])
 
 
-def _forward(call: _Call, tensors: tuple) -> tuple[Tensor, Tensor]:
-    """tensors: the fields of `Inputs`; to make one takes time that most calls need not spend."""
+def _forward(call: _Call, tensors: tuple, with_lse: bool = True) -> tuple[Tensor, Tensor]:
+    """Returns out and lse.
+
+    tensors: the fields of `Inputs`; to make one takes time that most calls need not spend. with_lse: whether the lse is
+    wanted; else it may be anything.
+    """
     index = call.cuda_index
     if index is not None and torch._C._cuda_getDevice() != index:
         with torch.cuda.device(index):
-            return _forward(call, tensors)
+            return _forward(call, tensors, with_lse)
     if call.indexed:
         check_contents(call.problem, Inputs(*tensors))
     if call.as_is:
-        run = call.run
-        if run is None:
-            run = call.run = call.backend.prepare(call.problem, Inputs(*tensors))
-        return run(tensors)
+        run = call.run if with_lse else call.run_unread
+        return run(tensors) if run is not None else _prepare(call, tensors, with_lse)(tensors)
     problem, inputs = _fitted(call, Inputs(*tensors))
     out, lse = call.backend.forward(problem, inputs)
     kinds = call.problem.kinds
     if problem.kinds is not kinds:
         out = out[..., : kinds.head_dim_v].contiguous()
     return out, lse
+
+
+def _prepare(call: _Call, tensors: tuple, with_lse: bool) -> Callable[[tuple], tuple[Tensor, Tensor]]:
+    if with_lse:
+        call.run = run = call.backend.prepare(call.problem, Inputs(*tensors))
+    else:
+        call.run_unread = run = call.backend.prepare(replace(call.problem, with_lse=False), Inputs(*tensors))
+    return run
 
 
 def _backward(
@@ -298,21 +310,21 @@ class _Attention(torch.autograd.Function):
 
 
 class _PlainAttention(torch.autograd.Function):
-    """`_Attention` for a plain call, without the operator's arguments."""
+    """`_Attention` for a plain call, without the operator's arguments; the lse is a result only where it is wanted."""
 
     @staticmethod
-    def forward(ctx, call, tensors, *differentiable):
+    def forward(ctx, call, tensors, with_lse, *differentiable):
         out, lse = _forward(call, tensors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, lse, *tensors)
         ctx.options = call.options
-        return out, lse
+        return (out, lse) if with_lse else out
 
     @staticmethod
-    def backward(ctx, dout, dlse):  # type: ignore[override]
+    def backward(ctx, dout, dlse=None):  # type: ignore[override]
         out, lse, *tensors = ctx.saved_tensors
         grads = _gradients(dout, dlse, out, lse, _operator_arguments(Inputs(*tensors), ctx.options))
-        return None, None, *grads
+        return None, None, None, *grads
 
 
 def _gradients(dout, dlse, out, lse, args):
@@ -364,6 +376,8 @@ def _below_autograd(*args):
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 # Bound once: every call asks them.
+_is_traced = torch.compiler.is_dynamo_compiling
+_is_grad_enabled = torch.is_grad_enabled
 _count_modes = torch._C._len_torch_dispatch_stack
 _has_function_mode = torch._C._is_torch_function_mode_enabled
 _top_transform = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
@@ -377,7 +391,7 @@ def plain_signature(tensors: Iterable[Tensor | None]) -> Signature | None:
     For the rest the dispatcher would only come back here, at some 10 microseconds a visit. Every call comes by here.
     """
     if (
-        torch.compiler.is_dynamo_compiling()
+        _is_traced()
         or _count_modes()
         or _has_function_mode()
         or _top_transform() is not None
@@ -402,10 +416,15 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return signature is not None and all(meta is None or meta[3].type in DEVICE_TYPES for meta in signature)
 
 
-def attention(tensors: tuple, options: Options) -> tuple[Tensor, Tensor]:
+def attention(tensors: tuple, options: Options, with_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
     """`torch.ops.fa4.attention`, called without the dispatcher where only autograd would take part.
 
-    tensors: the fields of `Inputs`, unchecked.
+    Returns out, or out and lse.
+
+    Args:
+        tensors: the fields of `Inputs`, unchecked.
+        options: the call's, of checked types.
+        with_lse: whether lse is wanted.
 
     Raises:
         TypeError: one of the inputs is no tensor; for the rest see `dispatch.attention`.
@@ -420,12 +439,14 @@ def attention(tensors: tuple, options: Options) -> tuple[Tensor, Tensor]:
     if call is None:
         check_types(Inputs._fields, tensors, ("q", "k", "v"))
         args = _operator_arguments(tensors, options)
-        return overload_for(torch.ops.fa4.attention, args[_VALUES_AT])(*args)
-    if torch.is_grad_enabled():
+        out, lse = overload_for(torch.ops.fa4.attention, args[_VALUES_AT])(*args)
+        return (out, lse) if with_lse else out
+    if _is_grad_enabled():
         q, k, v, sink = tensors[:4]
         if q.requires_grad or k.requires_grad or v.requires_grad or (sink is not None and sink.requires_grad):
-            return _PlainAttention.apply(call, tensors, q, k, v, sink)
-    return _forward(call, tensors)
+            return _PlainAttention.apply(call, tensors, with_lse, q, k, v, sink)
+    out, lse = _forward(call, tensors, with_lse)
+    return (out, lse) if with_lse else out
 
 
 def autocast(inputs: Inputs) -> Inputs:

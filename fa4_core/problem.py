@@ -109,7 +109,7 @@ class Problem:
     `strides` are those of q, k and v, in elements. `batch` counts sequences. `seqlen_q` and `seqlen_k` are rows of the
     tensors: a batch element's in the dense layout, the total in varlen. Windows are in keys, -1 for unbounded.
     `softmax_scale` multiplies q k^T; `softcap` is in the units of the scaled scores; `rescale_threshold` is in log2
-    units.
+    units. Without `with_lse` nobody reads the forward's LSE, which may then be anything.
     """
 
     kinds: Kinds
@@ -128,6 +128,7 @@ class Problem:
     window_right: int
     rescale_threshold: float
     deterministic: bool
+    with_lse: bool = True
 
     @property
     def total_q(self) -> int:

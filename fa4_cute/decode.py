@@ -57,7 +57,7 @@ SOON = 4
 """Tiles before the end of a run at which the next sequence is asked for, if it is drawn: it comes in time."""
 LINE = 128
 """Bytes that the L2 cache is told to discard at a time."""
-READ = 64
+READ = 128
 """Numbers of parts that a thread reads at a time in a merge: all that fits into registers waits for memory but once."""
 
 
@@ -85,7 +85,8 @@ class Maps(NamedTuple):
 class Splits(NamedTuple):
     """Work space of the split, for each sequence and KV head (a pair).
 
-    parts: float32, for each of `slots` chunks its rows of `part_columns`: O unnormalised (D), pivot (log2 units), sum.
+    parts: float32, for each of `slots` chunks O unnormalised (rows, D), pivot (log2 units) and sum of each row, and
+    room up to `part_floats`. All of any 32 bytes are written or none, or L2 would ask memory for what is missing.
     arrivals: int32 for each pair, 0 between launches: the chunks that arrived, and in units of HELD how many of
     them the first part holds; and after them all the two of `schedule.draw`.
     """
@@ -618,19 +619,20 @@ class Decode:
 
         For a thread that has no row, those of the last.
         """
-        row = pair * splits.slots * self.config.rows + cutlass.min(place.row, place.rows - 1)
-        row = splits.parts.iterator + row * self.config.part_columns
-        return (row + place.column).align(16), (row + self.kinds.head_dim_v).align(16)
+        config = self.config
+        part = splits.parts.iterator + pair * splits.slots * config.part_floats
+        row = cutlass.min(place.row, config.rows - 1)
+        columns = part + (row * self.kinds.head_dim_v + place.column)
+        return columns.align(16), (part + (config.rows * self.kinds.head_dim_v + 2 * row)).align(8)
 
     @cute.jit
     def _store_part(self, splits, pair, slot, place, folded):
-        if place.row < place.rows:
+        if place.row < self.config.rows:
             columns, statistics = self._part(splits, pair, place)
-            after = slot * (self.config.rows * self.config.part_columns)
+            after = slot * self.config.part_floats
             for n in cutlass.range_constexpr(self.config.columns // 4):
-                _store_kept(
-                    columns + (after + 4 * self.config.row_threads * n), [folded.out[4 * n + i] for i in range(4)]
-                )
+                four = [folded.out[4 * n + i] for i in range(4)]
+                _store_kept(columns + (after + 4 * self.config.row_threads * n), four)
             if place.column == 0:
                 _store_kept(statistics + after, [folded.pivot[0], folded.row_sum[0]])
 
@@ -662,23 +664,23 @@ class Decode:
         config = self.config
         at_once = min(config.row_threads, max(1, READ // config.columns))
         columns, statistics = self._part(splits, pair, place)
-        part = config.rows * config.part_columns
         number = place.column // 4
         first_lane = cute.arch.lane_idx() - number
         for base in cutlass.range(held - 1, chunks, at_once, unroll=1):
             read = [cute.make_rmem_tensor(config.columns, Float32) for _ in range(at_once)]
-            first = base if base >= held else Int32(0)
             for j in cutlass.range_constexpr(at_once):
                 # Without a branch, so that all are read at once.
-                begin = columns + (first if const_expr(j == 0) else base) * part
+                slot = cutlass.min(base + j, chunks - 1)
+                if const_expr(j == 0):
+                    slot = base if base >= held else Int32(0)
+                begin = columns + slot * config.part_floats
                 for n in cutlass.range_constexpr(config.columns // 4):
-                    four = _load_if(base + j < chunks, begin, 4 * (j * part + 4 * config.row_threads * n))
-                    for i in cutlass.range_constexpr(4):
-                        read[j][4 * n + i] = four[i]
+                    four = cute.make_tensor(begin + 4 * config.row_threads * n, cute.make_layout(4))
+                    cute.autovec_copy(four, cute.local_tile(read[j], (4,), (n,)))
             mine = base + number
             slot = cutlass.min(mine, chunks - 1) if mine >= held else Int32(0)
             two = cute.make_rmem_tensor(2, Float32)
-            cute.autovec_copy(cute.make_tensor(statistics + slot * part, cute.make_layout(2)), two)
+            cute.autovec_copy(cute.make_tensor(statistics + slot * config.part_floats, cute.make_layout(2)), two)
             pivot, row_sum = two[0] if mine < chunks else -Float32.inf, two[1] if mine < chunks else Float32(0.0)
             highest = cute.arch.fmax(whole.pivot[0], pivot, nan=True)
             for distance in (1, 2, 4, 8, 16):
@@ -702,7 +704,7 @@ class Decode:
     def _give_up(self, splits, pair, chunks):
         """Discards a pair's parts, which have been read, from L2, so that they are never written to memory."""
         thread, _, _ = cute.arch.thread_idx()
-        part_bytes = 4 * self.config.rows * self.config.part_columns
+        part_bytes = 4 * self.config.part_floats
         first = splits.parts.iterator.toint() + pair * splits.slots * part_bytes
         self._sync()
         for line in cutlass.range(thread, chunks * (part_bytes // LINE), THREADS, unroll=1):
@@ -758,16 +760,6 @@ def _store_kept(pointer: cute.Pointer, numbers: list[Float32]) -> None:
     cute.arch.inline_ptx(
         f"st.global.L2::cache_hint.v{len(numbers)}.f32 [{{$r0}}], {{{vector}}}, {{$r1}};",
         read_only_args=[pointer.toint(), policy, *numbers],
-    )
-
-
-def _load_if(there: Boolean, pointer: cute.Pointer, after: int) -> list[Float32]:
-    """4 float32 numbers, `after` bytes behind a pointer; anything where they are not there."""
-    return cute.arch.inline_ptx(
-        f"ld.global.v4.f32 {{{{$w0}}, {{$w1}}, {{$w2}}, {{$w3}}}}, [{{$r0}}+{after}];",
-        write_only_types=[Float32] * 4,
-        read_only_args=[pointer.toint()],
-        predicate=there,
     )
 
 

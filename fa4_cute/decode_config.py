@@ -26,8 +26,8 @@ MOST_CHUNKS = 64
 """Chunks that a sequence has at most; `decode_shares.keys_of` makes them."""
 MIN_BOX = 8
 """Rows after which the swizzle repeats, and so the fewest that TMA brings at a time."""
-PART_EXTRA = 8
-"""Floats of a part's row beside those of O: two statistics, and what makes a part whole lines of the L2 cache."""
+PART_EXTRA = 32
+"""Numbers of a part beside O: two for each row, and what makes it whole lines of the L2 cache."""
 UNIT_BYTES = 2**17
 """Keys and values of a unit of work that is drawn, at least: enough to hide what it costs beside its products."""
 COUNTED = 2**30
@@ -93,9 +93,9 @@ class DecodeConfig:
         return self.head_dim_v + 4
 
     @property
-    def part_columns(self) -> int:
-        """Floats of a part's row."""
-        return self.head_dim_v + PART_EXTRA
+    def part_floats(self) -> int:
+        """float32 numbers of a part."""
+        return self.rows * self.head_dim_v + PART_EXTRA
 
     @property
     def unit_log(self) -> int:
@@ -182,5 +182,5 @@ def _most_tiles(problem: CacheProblem) -> int:
 def parts_of(problem: CacheProblem) -> int:
     """float32 numbers that the parts of a call take; see `decode.Splits`."""
     attend, kinds = problem.attend, problem.attend.kinds
-    rows = attend.batch * attend.heads_kv * rounded(attend.seqlen_q * kinds.group)
-    return rows * slots_of(problem) * (kinds.head_dim_v + PART_EXTRA)
+    part = rounded(attend.seqlen_q * kinds.group) * kinds.head_dim_v + PART_EXTRA
+    return attend.batch * attend.heads_kv * slots_of(problem) * part

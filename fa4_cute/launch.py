@@ -22,8 +22,6 @@ COUNTED = 2**30
 """Rows and work items that kernels can number: sums of two stay within 32 bits."""
 CAPTURED = 2**14
 """Counters kept ready for launches in CUDA graphs, two a launch: 64 KiB."""
-UNREAD = 2**16
-"""Numbers that a device keeps room for, 256 KiB, where nobody reads the LSE of a call."""
 LOG2_E = math.log2(math.e)
 
 Run = Callable[..., tuple[Tensor, Tensor]]
@@ -48,7 +46,7 @@ def prepare(problem: Problem, inputs: Inputs, counted: bool = False) -> Run:
 def _prepared(problem: Problem, sink_dtype: torch.dtype | None, counted: bool) -> Run:
     kinds, device = problem.kinds, problem.device
     make_out = allocator(problem.out_shape, kinds.dtype, device)
-    make_lse = _lse_maker(problem)
+    make_lse = allocator(problem.lse_shape, torch.float32, device, problem.with_lse)
     if not problem.total_q or not problem.total_k:
         return lambda tensors, counts=None: (make_out().zero_(), _unseen(make_lse(), problem, Inputs(*tensors)))
     wide_sink = sink_dtype == torch.float64  # which no kernel reads
@@ -72,25 +70,6 @@ def _prepared(problem: Problem, sink_dtype: torch.dtype | None, counted: bool) -
         return out, lse
 
     return run
-
-
-def _lse_maker(problem: Problem) -> Callable[[], Tensor]:
-    """A function that makes a call's LSE; where nobody reads it, a short one lies where others do, too.
-
-    To allocate it takes as long as a third of what else is left to Python. Launches that write there at once, on
-    several streams or in graphs, harm nothing.
-    """
-    shape, device = problem.lse_shape, problem.device
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if problem.with_lse or math.prod(shape) > UNREAD or capturing:
-        return allocator(shape, torch.float32, device)
-    lse = _unread(device)[: math.prod(shape)].view(shape)
-    return lambda: lse
-
-
-@functools.cache
-def _unread(device: torch.device) -> Tensor:
-    return make_lasting(lambda: torch.empty(UNREAD, dtype=torch.float32, device=device), device)
 
 
 def _unseen(lse: Tensor, problem: Problem, inputs: Inputs) -> Tensor:

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
 import dispatch
 from benchmarks import chart as chart_script
+from benchmarks import sanitize
+from fa4_core import kvcache
 from fa4_core.bench import report, timing
 from fa4_core.bench.cases import DTYPES, SUITES, Case, DecodeCase, parse_case
 from fa4_core.bench.contestants import RACE, Contestant, Dispatch, FlashAttention3, all_contestants
@@ -587,3 +590,60 @@ def test_warming_runs_the_forward_and_where_asked_the_backward(suite, monkeypatc
 
     run_cell(watched, suite, SMALL.name, "reference", "cpu")
     assert seen == ([False] if suite == "forward" else [False, True])
+
+
+def test_the_sanitizers_calls_are_attention_on_caches_too_whose_lengths_and_pages_are_wild(monkeypatch):
+    """On the reference. A call that is wrong whatever the kernel does would say nothing about one."""
+    monkeypatch.setattr(kvcache, "contents_are_checked", lambda device: False)
+    for title, chosen in sanitize.SETS.items():
+        counts = [int(n) for n in re.findall(r"(\d+) (?:cases|calls)", title)]
+        assert sum(counts) == len(chosen.calls), title
+        assert title.startswith(chosen.tool)
+    for call in (*sanitize.STEPS, *sanitize.CASES[2:]):
+        sanitize.check(call, "reference", CPU, backward=call in sanitize.CASES).require()
+
+
+@pytest.mark.parametrize(
+    ("printed", "clean", "right"),
+    [
+        ("========= COMPUTE-SANITIZER\nright\nright\n========= ERROR SUMMARY: 0 errors\n", True, 2),
+        ("right\nwrong: a call\nout[0]: 1\n========= ERROR SUMMARY: 0 errors\n", False, 1),
+        ("right\nright\n========= ERROR SUMMARY: 10 errors\n", False, 2),
+        ("right\nright\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", True, 2),
+        ("right\nright\n========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)\n", False, 2),
+        ("right\nright\n", False, 2),
+    ],
+)
+def test_what_a_sanitizer_printed_is_clean_without_findings_and_with_right_results(printed, clean, right):
+    found = sanitize.finding(printed, calls=2)
+    assert (sanitize.is_clean(found), found["results right"], found["results wrong"]) == (clean, right, 2 - right)
+    assert ("output" in found) != clean
+
+
+def test_the_sanitizers_record_has_an_entry_for_every_set(monkeypatch, tmp_path):
+    """A script stands in for the tool; where there is none, that is said."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "$@" >&2\nfor i in 1 2 3; do echo right; done\necho ERROR SUMMARY: 0 errors\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", os.pathsep.join((str(tmp_path), os.environ["PATH"])))
+    monkeypatch.setattr(sys, "executable", "true")  # in place of the run that compiles
+    three, seven = "memcheck, decode kernel of cute, 3 calls", "memcheck, forward of cute, 7 cases"
+    clean = sanitize.sanitize(tmp_path / "record.json", [three, seven], sanitize.find_sanitizer(), jobs=2, limit=60)
+    content = json.loads((tmp_path / "record.json").read_text())
+    assert not clean
+    assert content[three] == {"summary": "ERROR SUMMARY: 0 errors", "results wrong": 0, "results right": 3}
+    assert content[seven]["results wrong"] == 4
+    assert "--tool memcheck --report-api-errors no true -m benchmarks.sanitize --calls" in content[seven]["output"][0]
+    assert content["torch"] == torch.__version__
+    tool.write_text("#!/bin/sh\necho right\nsleep 60\n")  # in a process of its own, which holds the output open
+    clean = sanitize.sanitize(tmp_path / "record.json", [three], str(tool), jobs=1, limit=0.5)
+    content = json.loads((tmp_path / "record.json").read_text())
+    assert (clean, content[three]["results right"]) == (False, 1)
+    assert content[three]["summary"].startswith("none")
+    monkeypatch.setenv("PATH", os.devnull)
+    monkeypatch.setattr(sanitize, "CUDA_FOLDER", tmp_path / "nowhere")
+    with pytest.raises(typer.BadParameter, match="needs compute-sanitizer"):
+        sanitize.find_sanitizer()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(typer.BadParameter, match="no CUDA device"):
+        sanitize.main()

@@ -235,3 +235,46 @@ def test_dispatch_check_reads_contents_on_any_device(monkeypatch):
     assert not contents_are_checked(CUDA)
     monkeypatch.setenv("DISPATCH_CHECK", "1")
     assert contents_are_checked(CUDA)
+
+
+def test_a_backend_is_told_when_nobody_reads_the_lse(picky):
+    """A recorded call's backward reads it."""
+    leaf = Q.clone().requires_grad_()
+    calls = (
+        (lambda: attention(Q, Q, Q), False),
+        (lambda: attention(Q, Q, Q, return_lse=True)[0], True),
+        (lambda: attention(Q, Q, Q), False),
+        (lambda: attention(leaf, Q, Q), True),
+        (lambda: torch.ops.fa4.attention(Q, Q, Q, *[None] * 9, -1, -1, False, "auto")[0], True),
+    )
+    want = calls[0][0]()
+    for call, read in calls:
+        assert torch.equal(call(), want)
+        assert picky.calls[-1][0].with_lse == read
+
+
+def test_only_what_somebody_reads_has_memory_of_its_own():
+    from fa4_core.allocation import UNREAD, allocator
+
+    make, make_unread = (allocator((2, 3), torch.float32, CPU, is_read) for is_read in (True, False))
+    one, two, unread = make(), make(), make_unread()
+    assert one.data_ptr() != two.data_ptr() != unread.data_ptr() != one.data_ptr()
+    assert (unread.shape, unread.stride(), unread.dtype) == (one.shape, one.stride(), one.dtype)
+    assert make_unread() is unread
+    assert allocator((5,), torch.float64, CPU, False)().data_ptr() == unread.data_ptr()
+    assert allocator((0, 4), torch.float32, CPU, False)().shape == (0, 4)
+    too_large = allocator((UNREAD // 4 + 1,), torch.float32, CPU, False)
+    one, two = too_large(), too_large()
+    assert one.data_ptr() != two.data_ptr()
+
+
+def test_a_tensor_kept_from_a_transform_stands_for_what_the_transform_wrapped():
+    """The transform is over, but its wrapper still wants a gradient. PyTorch's `Function.apply` takes it off."""
+    kept = []
+    torch.func.grad(lambda x: (kept.append(x), x.sum())[1])(Q)
+    (k,) = kept
+    assert k.requires_grad  # or the test would say nothing
+    assert not attention(Q, k, k).requires_grad
+    q = Q.clone().requires_grad_()
+    attention(q, k, k).sum().backward()
+    assert torch.equal(q.grad, torch.zeros_like(Q))
