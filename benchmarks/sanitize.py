@@ -38,6 +38,7 @@ CUDA_FOLDER = Path("/usr/local/cuda/bin")
 OPTIONS = ("--report-api-errors", "no")
 """PyTorch asks the driver questions that it expects to fail."""
 TOOLS = ("memcheck", "racecheck")
+BACKENDS = ("triton", "cute")
 HEADS_KV = 2
 BF16, FP16 = torch.bfloat16, torch.float16
 WILD = 2**31 - 1
@@ -245,6 +246,7 @@ def sanitize(out: Path, titles: Iterable[str], sanitizer: str, jobs: int, limit:
 def main(
     out: Annotated[Path, typer.Option(help="The record.")] = RESULTS / "sanitizers.json",
     tool: Annotated[list[str] | None, typer.Option(help="memcheck, racecheck; repeat. Default: both.")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="triton, cute; repeat. Default: both.")] = None,
     jobs: Annotated[int, typer.Option(help="Sets that run at once.")] = len(SETS),
     limit: Annotated[float, typer.Option(help="Seconds that a run may take.")] = 300.0,
     calls: Annotated[str, typer.Option(hidden=True, help="Make a set's calls in this process.")] = "",
@@ -256,14 +258,15 @@ def main(
     if calls:
         make_calls(SETS[calls], device)
         return
-    unknown = [name for name in tool or () if name not in TOOLS]
-    if unknown:
-        raise typer.BadParameter(f"--tool: got {unknown[0]}, accepted are {', '.join(TOOLS)}")
+    for option, given, accepted in (("--tool", tool, TOOLS), ("--backend", backend, BACKENDS)):
+        unknown = [name for name in given or () if name not in accepted]
+        if unknown:
+            raise typer.BadParameter(f"{option}: got {unknown[0]}, accepted are {', '.join(accepted)}")
     sanitizer = find_sanitizer()
     titles = []
     for title, chosen in SETS.items():
         why = backends.load(chosen.backend).unavailable(device)
-        if chosen.tool in (tool or TOOLS):
+        if chosen.tool in (tool or TOOLS) and chosen.backend in (backend or BACKENDS):
             titles += [title] if why is None else []
             typer.echo(f"{title}: {'running' if why is None else f'not run, the backend {why}'}")
     clean = sanitize(out, titles, sanitizer, jobs, limit)

@@ -35,7 +35,7 @@ from cutlass.cute.nvgpu import cpasync, warp
 from cutlass.cute.runtime import make_fake_stream
 
 from fa4_cute.decode_config import BLOCK_COLUMNS, WARP_ROWS, WARPS, CacheKinds, DecodeConfig, config_for
-from fa4_cute.decode_shares import Calls, Share, find_drawn, find_share, first_tile, keys_of, start_draws
+from fa4_cute.decode_shares import Calls, find_drawn, find_share, first_tile, keys_of, next_in_row, start_draws
 from fa4_cute.params import DTYPES, Values, fake_numbers, fake_rows
 from fa4_cute.pipelines import Cursor, Ring
 from fa4_cute.ranges import Window, visible_keys
@@ -290,23 +290,28 @@ class Decode:
         blocks, boxes_of_tile = teams * heads, config.tile_n // config.box
         deal = find_share(team, teams, calls, window, config.tile_n)
         self._ready()  # after the first reads from memory, which take longer than the barriers
-        run, draws, drawn = deal.share, start_draws(deal), deal.drawn
-        left = run.tiles
-        # A block's first piece of what is drawn is its own; further ones are asked for while the one before is read:
-        # the first lane is told when that is on its way.
+        sequence, chunk, tile, left = deal.share
+        draws, drawn, limit = start_draws(deal), deal.longest > 0, deal.limit
+        # Where all sequences are drawn, each block's first is its own; further ones are asked for while the one before
+        # is read: the first lane is told when that is on its way.
         counter = cute.make_tensor(splits.arrivals.iterator + calls.batch * heads, cute.make_layout(2))
-        item, answer = team * heads + head, Int32(0)
-        at, turn, going = tiles.start(), runs.start(), Boolean(True)
-        while going:
-            if drawn:
+        item, given, answer = team * heads + head, blocks, Int32(0)
+        if deal.shared > 0:
+            given = Int32(0)
+            if drawn and left == 0:
+                item = cute.arch.shuffle_sync(ask(counter), 0)
+        at, turn, count = tiles.start(), runs.start(), Int32(1)
+        while count > 0:
+            if left == 0 and drawn:
                 number = item // heads
-                head = item - number * heads
-                run, draws = find_drawn(number, draws, deal.limit, calls, window, config.tile_n, config.unit_log)
-            keys = keys_of(run.sequence, calls, window, config.tile_n)
-            sequence, chunk, tile, count = run
-            if not drawn:
-                count = cutlass.min(left, keys.tiles - tile)
-                left -= count
+                sequence, draws = find_drawn(number, draws, calls, window, config.tile_n)
+                head, chunk, tile = item - number * heads, Int32(0), Int32(0)
+            keys = keys_of(sequence, calls, window, config.tile_n)
+            count = cutlass.min(left, keys.tiles - tile)
+            left -= count
+            if count == 0 and drawn and sequence < calls.batch:  # it was drawn: all of it
+                count = keys.tiles
+            begin = tile
             numbers, looked, end = self._places(maps, tensors, calls, sequence, keys, tile), tile, tile + count
             for part in cutlass.range(3, unroll=1):
                 stop = cutlass.min(tile + 1, end)  # then the other warps are told of the run
@@ -333,17 +338,17 @@ class Decode:
                 if part == 0:
                     runs.acquire(turn)
                     with cute.arch.elect_one():
-                        for n, word in enumerate((sequence * heads + head, chunk, run.tile, count)):
+                        for n, word in enumerate((sequence * heads + head, chunk, begin, count)):
                             shared.runs[n, turn.index] = word
                         runs.publish(turn)
                     turn = runs.next(turn)
-                elif part == 1 and drawn and count > 0:
+                elif part == 1 and drawn and left == 0 and count > 0:
                     answer = ask(counter)
-            going = count > 0
-            if drawn:
-                item = blocks + cute.arch.shuffle_sync(answer, 0)
-            else:
-                run = Share(sequence + 1, Int32(0), Int32(0), left)
+            if left > 0:
+                sequence = next_in_row(sequence + 1, limit, calls, window, config.tile_n)
+                chunk, tile = Int32(0), Int32(0)
+            elif drawn:
+                item = given + cute.arch.shuffle_sync(answer, 0)
         if drawn:
             retire(counter, blocks)
 

@@ -28,8 +28,6 @@ MIN_BOX = 8
 """Rows after which the swizzle repeats, and so the fewest that TMA brings at a time."""
 PART_EXTRA = 32
 """Numbers of a part beside O: two for each row, and what makes it whole lines of the L2 cache."""
-UNIT_BYTES = 2**17
-"""Keys and values of a unit of work that is drawn, at least: enough to hide what it costs beside its products."""
 COUNTED = 2**30
 """Key tiles, and rows of a sequence, that the kernel can number: sums of two stay within 32 bits."""
 MOST_PARTS = 2**31
@@ -96,11 +94,6 @@ class DecodeConfig:
     def part_floats(self) -> int:
         """float32 numbers of a part."""
         return self.rows * self.head_dim_v + PART_EXTRA
-
-    @property
-    def unit_log(self) -> int:
-        """The binary logarithm of the tiles of a unit of work that is drawn: 128 KiB or more."""
-        return max(2, (UNIT_BYTES // self.slot_bytes - 1).bit_length())
 
     @property
     def slot_bytes(self) -> int:

@@ -6,10 +6,9 @@ where the nearest chunk of tiles begins, and where chunks begin depends on nothi
 chunk has a softmax of its own, folded into the sequence's in order, so results depend neither on the batch nor on who
 computed what.
 
-Multiprocessors do not read equally fast, by a quarter on an H100, and memory is read fastest where all read close to
-each other. So work that is long enough (`DRAWN`, `MANY`) is drawn instead, piece by piece, as blocks get there: first
-whole sequences that are short beside a share, the longest of them first, then the others in order, in units of a few
-tiles.
+Multiprocessors do not read equally fast, by a quarter on an H100. Where there are enough sequences that are short
+beside a share (`DRAWN`), only the others are cut into shares; of the short ones blocks draw whole ones, as they get
+there, the longest first, and all end at about the same time.
 """
 
 from __future__ import annotations
@@ -18,16 +17,14 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from fa4_cute.decode_config import WARPS
 from fa4_cute.ranges import Span, Window, key_span
 from fa4_cute.schedule import LANES, sums
 
 DRAWN = 8
-"""How many of a sequence a share has to hold for it to be drawn whole."""
-MANY = 160
-"""Tiles of a share from which on all work is drawn: what parts of sequences cost at the end is little beside that."""
+"""How many of a sequence a share has to hold for it to be short: the last ones end within so much."""
 
 
 class Calls(NamedTuple):
@@ -71,30 +68,30 @@ class Share(NamedTuple):
 
 
 class Deal(NamedTuple):
-    """How a call's work is dealt: in shares, of which this is the block's, or drawn.
+    """How a call's sequences are dealt: the block's share of those of more than `limit` tiles; the others are drawn.
 
-    limit: the most tiles of a sequence that is drawn whole. longest: tiles of the longest of these, or 0.
+    limit: 0 where none is drawn. longest: tiles of the longest one that is drawn, or 0. shared: tiles of all shares.
     """
 
     share: Share
-    drawn: Boolean
     limit: Int32
     longest: Int32
+    shared: Int32
 
 
 class Draws(NamedTuple):
-    """A warp's place among the pieces of work that are drawn, which have numbers.
+    """A warp's place among the sequences that are drawn, which have numbers: the longest ones the first.
 
-    They are counted in passes: of the sequences that are drawn whole, each pass takes those with more than half the
-    tiles that the longest one left has; the last pass is that of the others. longest: the most tiles of this pass, 0 in
-    the last one, -1 behind it. shorter: the most that this lane has met in a sequence of a later pass. base: the first
-    of the 32 sequences that the lanes are at. begin: the number of the first piece of the lane's own. end: the number
-    after the pieces of all 32.
+    They are counted in passes, each of those with more than half the tiles that the longest one left has. longest: the
+    most tiles of this pass, 0 when no pass is left. shorter: the most that this lane has met in one of a later pass.
+    base: the first of the 32 sequences that the lanes are at. found: which of them belong to the pass, a bit each.
+    begin, end: the number of the first of these, and the one after the last.
     """
 
     longest: Int32
     shorter: Int32
     base: Int32
+    found: Int32
     begin: Int32
     end: Int32
 
@@ -139,25 +136,32 @@ def first_tile(chunk: Int32, keys: Keys, calls: Calls) -> Int32:
 @cute.jit
 def find_share(team: Int32, teams: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Deal:
     """How the call is dealt, and a team's share; called by a whole warp, whose lanes look at 32 sequences at a time."""
-    total, tiles, longest = Int32(0), Int32(0), Int32(0)
+    shared, tiles = Int32(0), Int32(0)
     for base in cutlass.range(0, calls.batch, LANES, unroll=1):
         tiles = _tiles_of_lane(base, calls, window, tile_n)
-        total += tiles
-        longest = cutlass.max(longest, tiles)
-    total, longest = cute.arch.warp_redux_sync(total, "add"), cute.arch.warp_redux_sync(longest, "max")
-    limit = Int32(Float32(total) * cute.arch.rcp_approx(Float32(teams * DRAWN)))
-    drawn = longest <= limit or total >= teams * MANY
-    share = Share(team, Int32(0), Int32(0), Int32(0))
-    if drawn:
-        if longest > limit:
-            longest = Int32(0)
-            for base in cutlass.range(0, calls.batch, LANES, unroll=1):
+        shared += tiles
+    shared = cute.arch.warp_redux_sync(shared, "add")
+    limit, longest = Int32(0), Int32(0)
+    if calls.batch > teams:  # else there are too few
+        limit = Int32(Float32(shared) * cute.arch.rcp_approx(Float32(teams * DRAWN)))
+        short, drawn = Int32(0), Int32(0)
+        for base in cutlass.range(0, calls.batch, LANES, unroll=1):
+            if calls.batch > LANES:
                 tiles = _tiles_of_lane(base, calls, window, tile_n)
-                longest = cutlass.max(longest, tiles if tiles <= limit else Int32(0))
+            mine = tiles if tiles <= limit else Int32(0)
+            short += mine
+            longest = cutlass.max(longest, mine)
+            drawn += cute.arch.popc(cute.arch.vote_ballot_sync(mine > 0))
+        if drawn > teams:
+            shared -= cute.arch.warp_redux_sync(short, "add")
             longest = cute.arch.warp_redux_sync(longest, "max")
-    else:
-        share = _between(_cut(total, team + cute.arch.lane_idx() % 2, teams), tiles, calls, window, tile_n)
-    return Deal(share, drawn, limit, longest)
+        else:
+            limit, longest = Int32(0), Int32(0)
+    share = Share(Int32(0), Int32(0), Int32(0), Int32(0))
+    if shared > 0:
+        cut = _cut(shared, team + cute.arch.lane_idx() % 2, teams)
+        share = _between(cut, tiles, limit, calls, window, tile_n)
+    return Deal(share, limit, longest, shared)
 
 
 @cute.jit
@@ -180,12 +184,14 @@ def _cut(total: Int32, team: Int32, teams: Int32) -> Float32:
 
 
 @cute.jit
-def _between(cut: Float32, tiles: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Share:
+def _between(
+    cut: Float32, tiles: Int32, limit: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]
+) -> Share:
     """The share between the chunks that begin nearest to two places in the row of all tiles; by a whole warp.
 
     cut: the first place in even lanes, the other in odd ones. So one instruction rounds both, and a share ends where
     the next one begins, however the compiler contracts products and sums. tiles: of the lane's sequence, if there are
-    no more sequences than lanes.
+    no more sequences than lanes. limit: the tiles of sequences up to which they are not in the row.
     """
     lane, counted = cute.arch.lane_idx(), Int32(0)
     first, last = cute.arch.shuffle_sync(cut, 0), cute.arch.shuffle_sync(cut, 1)
@@ -193,8 +199,9 @@ def _between(cut: Float32, tiles: Int32, calls: Calls, window: Window, tile_n: c
     for base in cutlass.range(0, calls.batch, LANES, unroll=1):
         if calls.batch > LANES:
             tiles = _tiles_of_lane(base, calls, window, tile_n)
-        before, sum_all = sums(tiles)
-        end = counted + before + tiles
+        mine = tiles if tiles > limit else Int32(0)
+        before, sum_all = sums(mine)
+        end = counted + before + mine
         exists = base + lane < calls.batch
         passed = cute.arch.popc(cute.arch.vote_ballot_sync(exists and Float32(end) <= first))
         there = cute.arch.shuffle_sync(end, cutlass.max(passed - 1, 0))
@@ -209,6 +216,8 @@ def _between(cut: Float32, tiles: Int32, calls: Calls, window: Window, tile_n: c
     sequence, before = first_sequence if is_first else last_sequence, before_first if is_first else before_last
     sequence, chunk, tile, place = _nearest_chunk(sequence, before, cut, calls, window, tile_n)
     sequence, chunk, tile = (cute.arch.shuffle_sync(word, 0) for word in (sequence, chunk, tile))
+    if tile == 0:
+        sequence = next_in_row(sequence, limit, calls, window, tile_n)
     return Share(sequence, chunk, tile, cute.arch.shuffle_sync(place, 1) - cute.arch.shuffle_sync(place, 0))
 
 
@@ -230,60 +239,46 @@ def _nearest_chunk(
 
 
 @cute.jit
+def next_in_row(sequence: Int32, limit: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Int32:
+    """The first sequence from this one on that shares are made of, or one past the last; by a whole warp."""
+    if limit > 0:
+        base, found = sequence, Int32(0)
+        while found == 0 and base < calls.batch:
+            found = cute.arch.vote_ballot_sync(_tiles_of_lane(base, calls, window, tile_n) > limit)
+            sequence = base + _first_bit(found)
+            base += LANES
+    return sequence
+
+
+@cute.jit
 def start_draws(deal: Deal) -> Draws:
-    """Before the first piece is drawn."""
-    return Draws(deal.longest, Int32(0), Int32(-LANES), Int32(0), Int32(0))
+    """Before the first one is drawn."""
+    return Draws(deal.longest, Int32(0), Int32(-LANES), Int32(0), Int32(0), Int32(0))
 
 
 @cute.jit
 def find_drawn(
-    number: Int32,
-    draws: Draws,
-    limit: Int32,
-    calls: Calls,
-    window: Window,
-    tile_n: cutlass.Constexpr[int],
-    unit_log: cutlass.Constexpr[int],
-) -> tuple[Share, Draws]:
-    """The piece of a number, which is not below the last one asked for; no tiles where there is none. By a whole warp.
-
-    unit_log: the binary logarithm of the tiles of a unit.
-    """
-    longest, shorter, base, begin, end = draws
-    while longest >= 0 and number >= end:
+    number: Int32, draws: Draws, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]
+) -> tuple[Int32, Draws]:
+    """The sequence of a number, which is above the last one asked for; `batch` if there is none. By a whole warp."""
+    longest, shorter, base, found, begin, end = draws
+    lane = cute.arch.lane_idx()
+    while longest > 0 and number >= end:
         base += LANES
         if base >= calls.batch:
-            longest = cute.arch.warp_redux_sync(shorter, "max") if longest > 0 else Int32(-1)
-            shorter, base = Int32(0), Int32(0)
-        sequence = base + cute.arch.lane_idx()
-        keys, exists = keys_of(sequence, calls, window, tile_n), sequence < calls.batch
+            longest, shorter, base = cute.arch.warp_redux_sync(shorter, "max"), Int32(0), Int32(0)
+        tiles = _tiles_of_lane(base, calls, window, tile_n)
         later = longest // 2 if longest > WARPS else Int32(0)  # up to so many tiles
-        shorter = cutlass.max(shorter, keys.tiles if exists and keys.tiles <= later else Int32(0))
-        pieces = Int32(exists and keys.tiles > later and keys.tiles <= longest)
-        if longest == 0 and exists and keys.tiles > limit:
-            log = _unit_chunks_log(keys, calls, unit_log)
-            pieces = (keys.chunks + (Int32(1) << log) - 1) >> log
-        before, total = sums(pieces)
-        begin, end = end + before, end + total
-    # The last lane whose pieces do not begin behind the number has it.
-    lane = cute.arch.popc(cute.arch.vote_ballot_sync(begin <= number)) - 1
-    piece, sequence = number - cute.arch.shuffle_sync(begin, lane), base + lane
-    chunk, tile, tiles = Int32(0), Int32(0), Int32(0)
-    if longest >= 0:
-        keys = keys_of(sequence, calls, window, tile_n)
-        tiles = keys.tiles
-        if longest == 0:
-            log = _unit_chunks_log(keys, calls, unit_log)
-            chunk = piece << log
-            tile = first_tile(chunk, keys, calls)
-            tiles = first_tile(cutlass.min(chunk + (Int32(1) << log), keys.chunks), keys, calls) - tile
-    return Share(sequence, chunk, tile, tiles), Draws(longest, shorter, base, begin, end)
+        shorter = cutlass.max(shorter, tiles if tiles <= later else Int32(0))
+        found = cute.arch.vote_ballot_sync(tiles > later and tiles <= longest)
+        begin, end = end, end + cute.arch.popc(found)
+    # The lane before which as many bits are set as numbers before this one.
+    mine = (found >> lane) % 2 != 0 and cute.arch.popc(found & ((Int32(1) << lane) - 1)) == number - begin
+    sequence = base + _first_bit(cute.arch.vote_ballot_sync(mine))
+    return sequence if longest > 0 else calls.batch, Draws(longest, shorter, base, found, begin, end)
 
 
 @cute.jit
-def _unit_chunks_log(keys: Keys, calls: Calls, unit_log: cutlass.Constexpr[int]) -> Int32:
-    """The binary logarithm of the chunks of a unit of a sequence: one, or as many as have no more tiles than a unit."""
-    each = keys.tiles >> keys.log
-    if calls.wanted > 0:
-        each = keys.tiles // keys.chunks
-    return cutlass.max(unit_log - (32 - Int32(cute.arch.clz(each - 1))), 0)
+def _first_bit(bits: Int32) -> Int32:
+    """The lowest bit that is set; 32 where none is."""
+    return cute.arch.popc((bits & -bits) - 1)

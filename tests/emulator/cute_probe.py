@@ -66,18 +66,17 @@ class SoftcapProbe(_Probe):
 
 
 class SharesProbe:
-    """Shares of teams and chunks of sequences of `lengths` keys, in tiles of `tile_n`, and units of 4 tiles.
+    """Shares of teams and chunks of sequences of `lengths` keys, in tiles of `tile_n`.
 
-    shares (teams, 6): sequence, chunk, tile, tiles, whether work is drawn, and the most tiles of a sequence that is
-    drawn whole. chunks (batch, 2 + most chunks): tiles, their number, where they begin. pieces (n, 4): sequence, chunk,
-    tile and tiles of what is drawn, in order.
+    shares (teams, 5): sequence, chunk, tile, tiles, and the most tiles of a sequence that is drawn. chunks (batch, 2 +
+    most chunks): tiles, their number, where they begin. order (n,): the sequences as they are drawn, then the batch.
     """
 
     def __init__(self, tile_n: int) -> None:
         self.tile_n = tile_n
 
     def fake_arguments(self):
-        tensors = [fake_numbers(Int32, 1), fake_numbers(Int32, 2), fake_numbers(Int32, 2), fake_numbers(Int32, 2)]
+        tensors = [fake_numbers(Int32, 1), fake_numbers(Int32, 2), fake_numbers(Int32, 2), fake_numbers(Int32, 1)]
         return [*tensors, Int32(1), Int32(1), Int32(1), make_fake_stream()]
 
     @cute.jit
@@ -86,13 +85,13 @@ class SharesProbe:
         lengths: cute.Tensor,
         shares: cute.Tensor,
         chunks: cute.Tensor,
-        pieces: cute.Tensor,
+        order: cute.Tensor,
         capacity: Int32,
         wanted: Int32,
         teams: Int32,
         stream,
     ):
-        self.kernel(lengths, shares, chunks, pieces, capacity, wanted).launch(
+        self.kernel(lengths, shares, chunks, order, capacity, wanted).launch(
             grid=[1, teams, 1], block=[32, 1, 1], stream=stream
         )
 
@@ -102,7 +101,7 @@ class SharesProbe:
         lengths: cute.Tensor,
         shares: cute.Tensor,
         chunks: cute.Tensor,
-        pieces: cute.Tensor,
+        order: cute.Tensor,
         capacity: Int32,
         wanted: Int32,
     ):
@@ -112,15 +111,14 @@ class SharesProbe:
         window = Window(None, None)
         deal = find_share(team, teams, calls, window, self.tile_n)
         draws = start_draws(deal)
-        for number in cutlass.range(team, pieces.shape[0], teams, unroll=1):
-            piece, draws = find_drawn(Int32(number), draws, deal.limit, calls, window, self.tile_n, 2)
+        for number in cutlass.range(team, order.shape[0], teams, unroll=1):
+            drawn, draws = find_drawn(Int32(number), draws, calls, window, self.tile_n)
             if cute.arch.lane_idx() == 0:
-                for n in cutlass.range_constexpr(4):
-                    pieces[number, n] = piece[n]
+                order[number] = drawn
         if cute.arch.lane_idx() == 0:
             for n in cutlass.range_constexpr(4):
                 shares[team, n] = deal.share[n]
-            shares[team, 4], shares[team, 5] = Int32(deal.drawn), deal.longest
+            shares[team, 4] = deal.longest
             if team == 0:
                 for sequence in cutlass.range(0, calls.batch, unroll=1):
                     keys = keys_of(Int32(sequence), calls, window, self.tile_n)

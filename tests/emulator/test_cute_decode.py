@@ -15,7 +15,7 @@ dispatch = pytest.importorskip("dispatch", reason="run from the repository's roo
 
 from fa4_core import kvcache  # noqa: E402
 from fa4_core.checks import compare, expected  # noqa: E402
-from fa4_cute.decode_shares import DRAWN, MANY  # noqa: E402
+from fa4_cute.decode_shares import DRAWN  # noqa: E402
 
 from .cute_backend import emulated_cute_decode  # noqa: E402
 from .cute_backend import run as run_kernel  # noqa: E402
@@ -115,13 +115,15 @@ def test_a_row_depends_on_its_own_sequence_alone_bit_for_bit():
         assert all(torch.equal(a[0], t[b]) for a, t in zip(alone, together)), b
 
 
-def test_what_is_drawn_gives_the_same_bits_as_shares():
-    """Short sequences whole, long ones in units, whose parts other blocks merge, against one share for each of many."""
-    lengths = [64 * n + n for n in (1, 130, 2, 1, 145, 0, 3, 1, 120, 2, 1, 1, 2, 3, 1, 2, 4, 1, 2)]
+def test_long_sequences_are_shared_and_short_ones_drawn_after_them():
+    """Blocks end one, begin within the next and go on with whole ones; the same bits as of shares alone."""
+    lengths = [64 * n + n for n in (1, 30, 2, 1, 45, 0, 3, 1, 20, 2, 1, 1, 2, 3, 1, 2, 4, 1, 2)]
     tensors, options, dense, plain = call_of(KINDS["plain-128-gqa"], lengths, 1, 3)
     tiles, results = [max(1, -(-n // 64)) for n in lengths], []
-    for programs, drawn in ((2, True), (4, True), (30, False)):
-        assert (sum(tiles) >= programs // 2 * MANY) is drawn
+    for programs, drawn in ((4, True), (6, True), (30, False)):
+        short = [n for n in tiles if n * DRAWN * (programs // 2) <= sum(tiles)]
+        assert (len(short) > programs // 2) is drawn
+        assert len(short) < len(tiles)
         results.append(run(tensors, options, programs=programs, seed=programs))
     require(*results[0], expected(*dense, **plain))
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0]))
@@ -172,45 +174,36 @@ def chunks_of(tiles, splits):
 
 
 @pytest.mark.parametrize("number", range(len(DEALS)))
-def test_every_tile_is_in_a_share_or_a_piece_that_begins_where_a_chunk_does(number):
+def test_every_tile_is_in_a_share_or_drawn_and_shares_begin_where_chunks_do(number):
     lengths, teams, splits = DEALS[number]
     batch = len(lengths)
-    shares, chunks = torch.full((teams, 6), -7, dtype=INT32), torch.full((batch, 66), -7, dtype=INT32)
-    pieces = torch.full((700, 4), -7, dtype=INT32)
+    shares, chunks = torch.full((teams, 5), -7, dtype=INT32), torch.full((batch, 66), -7, dtype=INT32)
+    order = torch.full((batch + 1,), -7, dtype=INT32)
     request = Request("sm_90a", "tests.emulator.cute_probe:SharesProbe", (64,))
-    run_kernel(request, [torch.tensor(lengths, dtype=INT32), shares, chunks, pieces, MOST, splits, teams])
+    run_kernel(request, [torch.tensor(lengths, dtype=INT32), shares, chunks, order, MOST, splits, teams])
     tiles = [max(1, -(-n // 64)) for n in lengths]
     begins = [chunks_of(n, splits) for n in tiles]
     for (n_tiles, n_chunks, *found), n, want in zip(chunks.tolist(), tiles, begins):
         assert (n_tiles, n_chunks, found[: len(want)]) == (n, len(want), want)
         assert len(want) <= 64
 
-    total = sum(tiles)
-    limit = total / teams / DRAWN
+    limit = sum(tiles) / teams / DRAWN
+    short = [n for n in tiles if n <= limit]
     assert all(abs(n - limit) > limit * 1e-6 or n == limit for n in tiles)  # else rounding would choose
-    drawn = max(tiles) <= limit or total >= teams * MANY
-    assert set(shares[:, 4].tolist()) == {int(drawn)}
-    if drawn:
-        short = {i for i in range(batch) if tiles[i] <= limit}
-        assert set(shares[:, 5].tolist()) == {max((tiles[i] for i in short), default=0)}
-        found = [tuple(piece) for piece in pieces.tolist() if piece[3]]
-        assert all(piece[3] == 0 for piece in pieces.tolist()[len(found) :])
-        whole, units = found[: len(short)], found[len(short) :]
-        assert sorted(whole) == [(i, 0, 0, tiles[i]) for i in sorted(short)]
-        assert all(a[3] * 2 >= b[3] or b[3] <= 4 for a, b in itertools.pairwise(whole))
-        at = [(i, 0) for i in range(batch) if i not in short][:1]
-        for i, chunk, tile, n in units:
-            assert [(i, tile)] == at
-            assert begins[i][chunk] == tile
-            assert n <= max(4 + 2, max(b - a for a, b in itertools.pairwise([*begins[i], tiles[i]])))
-            following = [j for j in range(i + 1, batch) if j not in short]
-            at = [(i, tile + n)] if tile + n < tiles[i] else [(j, 0) for j in following[:1]]
-        assert len(found) == len(pieces) or not at
-        return
+    short = short if len(short) > teams else []
+    assert set(shares[:, 4].tolist()) == {max(short, default=0)}
+    order = order[: len(short) + 1].tolist()
+    assert sorted(tiles[i] for i in order[:-1]) == sorted(short)
+    assert len(set(order)) == len(order)
+    assert order[-1] == batch
+    assert all(tiles[a] * 2 >= tiles[b] or tiles[b] <= 4 for a, b in itertools.pairwise(order[:-1]))
 
-    before, at = [sum(tiles[:i]) for i in range(batch)], 0
-    longest = max(b - a for begin, n in zip(begins, tiles) for a, b in itertools.pairwise([*begin, n]))
-    for sequence, chunk, tile, n, *_ in shares.tolist():
+    row = [i for i in range(batch) if tiles[i] > max(short, default=0)]
+    total, before, at = sum(tiles[i] for i in row), {}, 0
+    for i in row:
+        before[i], at = at, at + tiles[i]
+    longest, at = max((b - a for i in row for a, b in itertools.pairwise([*begins[i], tiles[i]])), default=0), 0
+    for sequence, chunk, tile, n, _ in shares.tolist():
         if n:
             assert before[sequence] + tile == at
             assert begins[sequence][chunk] == tile

@@ -40,7 +40,6 @@ def trap(i, program):
     "prefetch",
     "prefetchu",
     "applypriority",
-    "discard",
     "nanosleep",
     "pmevent",
     "griddepcontrol",

@@ -261,6 +261,28 @@ def store(i, program):
     return execute
 
 
+@handles("discard")
+def discard(i, program):
+    """discard (PTX ISA 9.7.9.19): a weak write of 128 bytes of anything, here of NaNs."""
+    address = i.operands[0].items[0]
+    nothing = np.full(2, ~np.uint64(0))
+
+    def execute(frame, mask):
+        lanes = None if mask is None else np.flatnonzero(mask)
+        addresses = frame.read(address, np.uint64)
+        if lanes is not None:
+            addresses = addresses[lanes]
+        _, addresses = resolve("global", addresses)
+        races = frame.machine.global_races
+        for after in range(0, 128, 16):
+            places = addresses + np.uint64(after)
+            if races is not None:
+                races.access(frame, lanes, places, 16, i.line, "discard", write=True, strong=False)
+            frame.machine.memory.store(places, 16, np.tile(nothing, (len(places), 1)), i.line)
+
+    return execute
+
+
 @handles("mapa")
 def map_address(i, program):
     """mapa: the address of the same shared variable in another CTA of the cluster (PTX ISA 9.7.9.24)."""
