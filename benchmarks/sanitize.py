@@ -182,10 +182,11 @@ def find_sanitizer() -> str:
 
 def finding(output: str, calls: int) -> dict[str, Any]:
     """A set's entry in the record, by what a run under the tool printed; with its end where something is not right."""
-    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
+    summaries = [line.strip() for line in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)]
+    summaries.sort(key=lambda line: "SUMMARY: 0 " in line)  # of processes that found something, first
     right = len(re.findall(r"^right$", output, re.MULTILINE))
     found = {
-        "summary": summaries[-1].strip() if summaries else "none: the tool did not end",
+        "summary": summaries[0] if summaries else "none: the tool did not end",
         "results wrong": calls - right,
         "results right": right,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 UNREAD = 2**18
 """Bytes that a device keeps for results that nobody reads."""
 
+_making = threading.Lock()
 _guards = torch._C._dynamo.guards  # pyright: ignore[reportAttributeAccessIssue]
 _empty_strided_cuda = getattr(_guards, "_empty_strided_cuda", None)
 """What code compiled by PyTorch allocates with, at a third of what `torch.empty` costs; private to PyTorch."""
@@ -39,8 +41,13 @@ def allocator(
     return functools.partial(torch.empty, tuple(shape), dtype=dtype, device=device)
 
 
-@functools.cache
 def _unread(device: torch.device) -> Tensor:
+    with _making:  # or two threads would have one each, of which one is forgotten
+        return _make_unread(device)
+
+
+@functools.cache
+def _make_unread(device: torch.device) -> Tensor:
     from fa4_core.lasting import make_lasting  # no import of `dispatch` needs it
 
     def make() -> Tensor:

@@ -59,7 +59,10 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Returns out (q's shape with head_dim_v, the input dtype) and lse (float32, natural log)."""
+        """Returns out (q's shape with head_dim_v, the input dtype) and lse (float32, natural log).
+
+        Without `problem.with_lse` lse may be anything, and memory that other calls write to.
+        """
 
     def prepare(self, problem: Problem, inputs: Inputs) -> Callable[[tuple], tuple[Tensor, Tensor]]:
         """`forward` of a plain tuple of `Inputs`' fields, for calls that share the problem and their inputs' dtypes.

@@ -34,7 +34,7 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warp
 from cutlass.cute.runtime import make_fake_stream
 
-from fa4_cute.decode_config import BLOCK_COLUMNS, WARP_ROWS, WARPS, CacheKinds, DecodeConfig, config_for
+from fa4_cute.decode_config import BLOCK_COLUMNS, PART_EXTRA, WARP_ROWS, WARPS, CacheKinds, DecodeConfig, config_for
 from fa4_cute.decode_shares import Calls, find_drawn, find_share, first_tile, keys_of, next_in_row, start_draws
 from fa4_cute.params import DTYPES, Values, fake_numbers, fake_rows
 from fa4_cute.pipelines import Cursor, Ring
@@ -85,8 +85,9 @@ class Maps(NamedTuple):
 class Splits(NamedTuple):
     """Work space of the split, for each sequence and KV head (a pair).
 
-    parts: float32, for each of `slots` chunks O unnormalised (rows, D), pivot (log2 units) and sum of each row, and
-    room up to `part_floats`. All of any 32 bytes are written or none, or L2 would ask memory for what is missing.
+    parts: float32, for each of `slots` chunks O unnormalised (rows, D), then pivot (log2 units) and sum of each row, in
+    PART_EXTRA. All of any 32 bytes are written or none, or L2 would ask memory for what is missing; begins at a
+    multiple of LINE bytes, as each part does.
     arrivals: int32 for each pair, 0 between launches: the chunks that arrived, and in units of HELD how many of
     them the first part holds; and after them all the two of `schedule.draw`.
     """
@@ -620,26 +621,26 @@ class Decode:
 
     @cute.jit
     def _part(self, splits, pair, place):
-        """Where the thread's columns of a pair's first part lie, and the pivot and the sum of their row.
+        """Where the thread's columns of a pair's first part lie, the pivot and the sum of their row, and a part's size.
 
         For a thread that has no row, those of the last.
         """
-        config = self.config
-        part = splits.parts.iterator + pair * splits.slots * config.part_floats
-        row = cutlass.min(place.row, config.rows - 1)
-        columns = part + (row * self.kinds.head_dim_v + place.column)
-        return columns.align(16), (part + (config.rows * self.kinds.head_dim_v + 2 * row)).align(8)
+        dim = self.kinds.head_dim_v
+        size = place.rows * dim + PART_EXTRA
+        part = splits.parts.iterator + pair * splits.slots * size
+        row = cutlass.min(place.row, place.rows - 1)
+        statistics = part + (place.rows * dim + 2 * cutlass.min(place.row, self.config.rows - 1))
+        return (part + (row * dim + place.column)).align(16), statistics.align(8), size
 
     @cute.jit
     def _store_part(self, splits, pair, slot, place, folded):
-        if place.row < self.config.rows:
-            columns, statistics = self._part(splits, pair, place)
-            after = slot * self.config.part_floats
+        columns, statistics, size = self._part(splits, pair, place)
+        if place.row < place.rows:
             for n in cutlass.range_constexpr(self.config.columns // 4):
                 four = [folded.out[4 * n + i] for i in range(4)]
-                _store_kept(columns + (after + 4 * self.config.row_threads * n), four)
-            if place.column == 0:
-                _store_kept(statistics + after, [folded.pivot[0], folded.row_sum[0]])
+                _store_kept(columns + (slot * size + 4 * self.config.row_threads * n), four)
+        if place.row < self.config.rows and place.column == 0:  # of all rows, for whole sectors
+            _store_kept(statistics + slot * size, [folded.pivot[0], folded.row_sum[0]])
 
     @cute.jit
     def _arrive(self, shared, splits, pair, place, news, chunks, whole) -> Boolean:
@@ -657,7 +658,7 @@ class Decode:
         if is_last:
             self._clear(whole)
             self._merge(whole, splits, pair, cutlass.max(news // HELD, 1), chunks, place)
-            self._give_up(splits, pair, chunks)
+            self._give_up(splits, pair, chunks, place)
         return is_last
 
     @cute.jit
@@ -668,7 +669,7 @@ class Decode:
         """
         config = self.config
         at_once = min(config.row_threads, max(1, READ // config.columns))
-        columns, statistics = self._part(splits, pair, place)
+        columns, statistics, size = self._part(splits, pair, place)
         number = place.column // 4
         first_lane = cute.arch.lane_idx() - number
         for base in cutlass.range(held - 1, chunks, at_once, unroll=1):
@@ -678,14 +679,14 @@ class Decode:
                 slot = cutlass.min(base + j, chunks - 1)
                 if const_expr(j == 0):
                     slot = base if base >= held else Int32(0)
-                begin = columns + slot * config.part_floats
+                begin = columns + slot * size
                 for n in cutlass.range_constexpr(config.columns // 4):
                     four = cute.make_tensor(begin + 4 * config.row_threads * n, cute.make_layout(4))
                     cute.autovec_copy(four, cute.local_tile(read[j], (4,), (n,)))
             mine = base + number
             slot = cutlass.min(mine, chunks - 1) if mine >= held else Int32(0)
             two = cute.make_rmem_tensor(2, Float32)
-            cute.autovec_copy(cute.make_tensor(statistics + slot * config.part_floats, cute.make_layout(2)), two)
+            cute.autovec_copy(cute.make_tensor(statistics + slot * size, cute.make_layout(2)), two)
             pivot, row_sum = two[0] if mine < chunks else -Float32.inf, two[1] if mine < chunks else Float32(0.0)
             highest = cute.arch.fmax(whole.pivot[0], pivot, nan=True)
             for distance in (1, 2, 4, 8, 16):
@@ -699,17 +700,17 @@ class Decode:
                 one, other = [cute.arch.shuffle_sync(of_lane, first_lane + j) for of_lane in (before, factor)]
                 there = base + j < chunks
                 for at in cutlass.range_constexpr(config.columns):
-                    column = read[j][at] if there else Float32(0.0)
+                    column = read[j][at] if there else Float32(-0.0)
                     whole.out[at] = _fma(column, other, whole.out[at] * one)
                 summand = cute.arch.shuffle_sync(row_sum, first_lane + j)
                 whole.row_sum[0] = _fma(summand, other, whole.row_sum[0] * one)
             whole.pivot[0] = cute.arch.shuffle_sync(highest, first_lane + at_once - 1)
 
     @cute.jit
-    def _give_up(self, splits, pair, chunks):
+    def _give_up(self, splits, pair, chunks, place):
         """Discards a pair's parts, which have been read, from L2, so that they are never written to memory."""
         thread, _, _ = cute.arch.thread_idx()
-        part_bytes = 4 * self.config.part_floats
+        part_bytes = 4 * (place.rows * self.kinds.head_dim_v + PART_EXTRA)
         first = splits.parts.iterator.toint() + pair * splits.slots * part_bytes
         self._sync()
         for line in cutlass.range(thread, chunks * (part_bytes // LINE), THREADS, unroll=1):

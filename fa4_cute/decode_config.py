@@ -26,8 +26,8 @@ MOST_CHUNKS = 64
 """Chunks that a sequence has at most; `decode_shares.keys_of` makes them."""
 MIN_BOX = 8
 """Rows after which the swizzle repeats, and so the fewest that TMA brings at a time."""
-PART_EXTRA = 32
-"""Numbers of a part beside O: two for each row, and what makes it whole lines of the L2 cache."""
+PART_EXTRA = 2 * WARP_ROWS
+"""Numbers of a part beside O: two for each row that there may be, so that a part is whole lines of the L2 cache."""
 COUNTED = 2**30
 """Key tiles, and rows of a sequence, that the kernel can number: sums of two stay within 32 bits."""
 MOST_PARTS = 2**31
@@ -89,11 +89,6 @@ class DecodeConfig:
     def part_stride(self) -> int:
         """Floats from row to row of a warp's O in shared memory: rows of a warp's store fall into different banks."""
         return self.head_dim_v + 4
-
-    @property
-    def part_floats(self) -> int:
-        """float32 numbers of a part."""
-        return self.rows * self.head_dim_v + PART_EXTRA
 
     @property
     def slot_bytes(self) -> int:
@@ -175,5 +170,5 @@ def _most_tiles(problem: CacheProblem) -> int:
 def parts_of(problem: CacheProblem) -> int:
     """float32 numbers that the parts of a call take; see `decode.Splits`."""
     attend, kinds = problem.attend, problem.attend.kinds
-    part = rounded(attend.seqlen_q * kinds.group) * kinds.head_dim_v + PART_EXTRA
+    part = attend.seqlen_q * kinds.group * kinds.head_dim_v + PART_EXTRA
     return attend.batch * attend.heads_kv * slots_of(problem) * part

@@ -240,7 +240,7 @@ def _nearest_chunk(
 
 @cute.jit
 def next_in_row(sequence: Int32, limit: Int32, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]) -> Int32:
-    """The first sequence from this one on that shares are made of, or one past the last; by a whole warp."""
+    """The first sequence from this one on that shares are made of, or `batch` and more; by a whole warp."""
     if limit > 0:
         base, found = sequence, Int32(0)
         while found == 0 and base < calls.batch:
@@ -260,7 +260,7 @@ def start_draws(deal: Deal) -> Draws:
 def find_drawn(
     number: Int32, draws: Draws, calls: Calls, window: Window, tile_n: cutlass.Constexpr[int]
 ) -> tuple[Int32, Draws]:
-    """The sequence of a number, which is above the last one asked for; `batch` if there is none. By a whole warp."""
+    """The sequence of a number, not below the last one asked for; `batch` if there is none. By a whole warp."""
     longest, shorter, base, found, begin, end = draws
     lane = cute.arch.lane_idx()
     while longest > 0 and number >= end:

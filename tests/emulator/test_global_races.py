@@ -52,6 +52,20 @@ def test_two_ctas_must_not_write_one_word_unless_they_write_one_value(seed):
         run("@!%p2 red.global.add.u32 [%d4], 1; @%p2 st.global.b32 [%d4], 9;", seed)
 
 
+@seeds
+def test_what_is_discarded_is_written_with_nothing_that_counts(seed):
+    """Whoever reads it then, or discards it before another has written or read it, is told."""
+    discard = "@%p1 discard.global.L2 [%d1], 128; @%p1 discard.global.L2 [%d1+128], 128;"
+    data, _ = run(f"st.global.b32 [%d4], %t; bar.sync 0; {discard}", seed, grid=1)
+    assert np.isnan(data.view(np.float32)).all()
+    data, _ = run(f"{discard} bar.sync 0; st.global.b32 [%d4], %t;", seed, grid=1)
+    np.testing.assert_array_equal(data, np.arange(64))
+    with pytest.raises(RaceError, match=RACE):
+        run(f"st.global.b32 [%d4], %t; {discard}", seed, grid=1)
+    with pytest.raises(RaceError, match=RACE):
+        run(f"ld.global.b32 %r2, [%d4]; {discard}", seed, grid=1)
+
+
 HANDOVER = """@%p2 bra CONSUMER; st.global.b32 [%d4], %t; {produced} @%p1 {release} bra DONE;
 CONSUMER: @!%p1 bra READY; SPIN: {acquire} setp.eq.u32 %p3, %r3, 0; @%p3 bra SPIN; READY: {consumed}
 ld.global.b32 %r2, [%d5]; DONE:"""
