@@ -408,8 +408,6 @@ class Decode:
         head = pair - sequence * heads
         place = Place(head, thread // of_row, calls.rows_q * self.group, thread % of_row * 4)
         state, whole = self._state(thread % 32, values, cap), self._nothing()
-        for fragment in (state.p, state.acc_s, state.acc_o):
-            fragment.fill(0.0)  # or the compiler keeps what they held through the merge of the run before
         self._load_query(state, tensors.q, sequence, place)
         keys = keys_of(sequence, calls, window, config.tile_n)
         # Whether another block has the sequence's first chunks, and so this run's place among the parts.
