@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from fa4_core.bench.results import commit, driver, environment
+from fa4_core.bench.results import provenance
 
 RESULTS = Path(__file__).parent / "results"
 DIM = 128
@@ -307,7 +307,7 @@ def main(
         mine = [row for row in rows if row["name"] == variant.name]
         figures = "  ".join(f"{row['gb_per_s']:5d} ({row['ends_apart_us']:4.0f} us)" for row in mine)
         typer.echo(f"{variant.name:46s} {figures}")
-    content = {**environment(device), "driver": driver(), "commit": commit(), "rows": rows}
+    content = {**provenance(device), "rows": rows}
     out.write_text(json.dumps(content, indent=1) + "\n")
     typer.echo(f"wrote {out}")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ import pytest
 import torch
 import typer
 
-from fa4_core.bench.results import commit, driver, environment
+from fa4_core.bench.results import provenance
 from fa4_core.commands.machine import default_device
 
 SLOWEST = 15
@@ -70,10 +69,7 @@ def record(arguments: list[str], out: Path) -> int:
         status = int(pytest.main(arguments, plugins=[recorder]))
     finally:
         content = {
-            **environment(default_device()),
-            "driver": driver(),
-            "commit": commit(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **provenance(default_device()),
             "pytest": arguments,
             "exit_status": status,
             "seconds": round(time.monotonic() - started, 1),

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -27,7 +26,7 @@ import typer
 
 from dispatch import attention, attention_with_kvcache
 from fa4_core import backends
-from fa4_core.bench.results import commit, driver, environment
+from fa4_core.bench.results import provenance
 from fa4_core.checks import Report, compare_all, expected, run
 from fa4_core.commands.machine import default_device
 from fa4_core.strategies import Case
@@ -230,10 +229,7 @@ def sanitize(out: Path, titles: Iterable[str], sanitizer: str, jobs: int, limit:
     with ThreadPoolExecutor(jobs) as pool:
         entries = dict(zip(titles, pool.map(lambda title: run_set(title, sanitizer, limit), titles)))
     content = {
-        **environment(default_device()),
-        "driver": driver(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
+        **provenance(default_device()),
         "tool": " ".join(("compute-sanitizer", *OPTIONS)),
         **entries,
     }

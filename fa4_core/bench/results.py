@@ -99,14 +99,18 @@ def environment(device: torch.device, contestants: Iterable[Contestant] = ()) ->
     }
 
 
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What a record of a run begins with: its environment, driver, commit and date."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {**environment(device), "driver": driver(), "commit": commit(), "date": date}
+
+
 def append_account(path: Path, device: torch.device, account: dict[str, Any]) -> None:
     """Adds one run's account, with its environment, commit and date, to a JSON file that holds a list of them."""
     runs = json.loads(path.read_text()) if path.exists() else []
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    where = {**environment(device), "driver": driver(), "commit": commit(), "date": date, "command": command}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([*runs, where | account], indent=1) + "\n")
+    path.write_text(json.dumps([*runs, {**provenance(device), "command": command, **account}], indent=1) + "\n")
 
 
 @dataclass
