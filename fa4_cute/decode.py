@@ -236,7 +236,13 @@ class Decode:
             Values(scale_log2, capped_scale, window_left, window_right, threshold),
             cap_of(capped_scale, scale_log2) if const_expr(self.kinds.softcap) else None,
             Splits(parts, arrivals, slots),
-        ).launch(grid=[heads, teams, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1)
+        ).launch(
+            grid=[heads, teams, 1],
+            block=[config.threads, 1, 1],
+            cluster=[*config.cluster, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
 
     @cute.kernel
     def kernel(
@@ -291,7 +297,8 @@ class Decode:
         blocks, boxes_of_tile = teams * heads, config.tile_n // config.box
         deal = find_share(team, teams, calls, window, config.tile_n)
         self._ready()  # after the first reads from memory, which take longer than the barriers
-        sequence, chunk, tile, left = deal.share
+        sequence, chunk, tile, left, last, last_tile = deal.share
+        passed = sequence
         draws, drawn, limit = start_draws(deal), deal.longest > 0, deal.limit
         # Where all sequences are drawn, each block's first is its own; further ones are asked for while the one before
         # is read: the first lane is told when that is on its way.
@@ -308,7 +315,7 @@ class Decode:
                 sequence, draws = find_drawn(number, draws, calls, window, config.tile_n)
                 head, chunk, tile = item - number * heads, Int32(0), Int32(0)
             keys = keys_of(sequence, calls, window, config.tile_n)
-            count = cutlass.min(left, keys.tiles - tile)
+            count = cutlass.min(left, (last_tile if sequence == last else keys.tiles) - tile)
             left -= count
             if count == 0 and drawn and sequence < calls.batch:  # it was drawn: all of it
                 count = keys.tiles
@@ -321,17 +328,20 @@ class Decode:
                 elif part == 2:
                     stop = end
                 while tile < stop:
+                    first = (keys.span.begin + tile) * config.tile_n
+                    there = (keys.length - first + config.box - 1) // config.box  # boxes before the sequence's end
+                    there = cutlass.min(cutlass.max(there, 0), boxes_of_tile)
                     tiles.acquire(at)
                     with cute.arch.elect_one():
-                        tiles.expect(at, config.slot_bytes)
-                    first = keys.pad + (keys.span.begin + tile) * config.tile_n
+                        tiles.expect(at, there * (config.slot_bytes // boxes_of_tile))
                     for r in cutlass.range_constexpr(boxes_of_tile):
-                        row, place = first, numbers
-                        if const_expr(tensors.pages is not None):
-                            row = (first + r * config.box) % self.calls.page_size
-                            place = cute.arch.shuffle_sync(numbers, (tile - looked) * boxes_of_tile + r)
-                        self._bring(maps.k, maps.m_k, shared.k, head, place, row, r, tiles, at)
-                        self._bring(maps.v, maps.m_v, shared.v, head, place, row, r, tiles, at)
+                        if r < there:
+                            row, place = keys.pad + first + r * config.box, numbers
+                            if const_expr(tensors.pages is not None):
+                                row %= self.calls.page_size
+                                place = cute.arch.shuffle_sync(numbers, (tile - looked) * boxes_of_tile + r)
+                            self._bring(maps.k, maps.m_k, shared.k, head, place, row, r, tiles, at)
+                            self._bring(maps.v, maps.m_v, shared.v, head, place, row, r, tiles, at)
                     at = tiles.next(at)
                     tile += 1
                     if tile == looked + LANES // boxes_of_tile:
@@ -346,8 +356,14 @@ class Decode:
                 elif part == 1 and drawn and left == 0 and count > 0:
                     answer = ask(counter)
             if left > 0:
-                sequence = next_in_row(sequence + 1, limit, calls, window, config.tile_n)
+                # What another block ends comes right after what another began: the parts of a sequence are then stored
+                # at about the same time, long before the call's end, and merged soon.
                 chunk, tile = Int32(0), Int32(0)
+                if last >= 0 and sequence != last:
+                    sequence = last
+                else:
+                    passed = next_in_row(passed + 1, limit, calls, window, config.tile_n)
+                    sequence, last = passed, Int32(-1)
             elif drawn:
                 item = given + cute.arch.shuffle_sync(answer, 0)
         if drawn:

@@ -24,8 +24,9 @@ BLOCK_COLUMNS = 64
 """What head dimensions have to be multiples of: the columns of the 128-byte swizzle."""
 MOST_CHUNKS = 64
 """Chunks that a sequence has at most; `decode_shares.keys_of` makes them."""
-MIN_BOX = 8
-"""Rows after which the swizzle repeats, and so the fewest that TMA brings at a time."""
+MIN_BOX, MAX_BOX = 8, 16
+"""Rows that TMA brings at a time: those after which the swizzle repeats, at least, and few enough at most, since a
+sequence's last box brings some that are past its end."""
 PART_EXTRA = 2 * WARP_ROWS
 """Numbers of a part beside O: two for each row that there may be, so that a part is whole lines of the L2 cache."""
 COUNTED = 2**30
@@ -39,7 +40,7 @@ class CacheKinds(NamedTuple):
 
     rows: query rows of a sequence and KV head, rounded up to 4, 8 or 16. page_size: rows of a page, 0 for a contiguous
     cache. lengths, indexed, padded, lse: whether there are cache_seqlens, cache_batch_idx and cache_leftpad tensors,
-    and whether the LSE is wanted.
+    and whether the LSE is wanted. cluster: see `cluster_of`.
     """
 
     kinds: Kinds
@@ -49,13 +50,15 @@ class CacheKinds(NamedTuple):
     indexed: bool
     padded: bool
     lse: bool
+    cluster: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
     """Tiles and slots of one kernel.
 
-    rows: of O that are folded. box: rows that TMA brings at a time, all of a tile or a part of a page.
+    rows: of O that are folded. box: rows that TMA brings at a time, of one page if there are pages. cluster: blocks
+    that are launched on neighbouring multiprocessors, along KV heads and teams.
     """
 
     head_dim: int
@@ -63,6 +66,7 @@ class DecodeConfig:
     rows: int
     tile_n: int
     box: int
+    cluster: tuple[int, int]
 
     def __post_init__(self) -> None:
         if self.slots < WARPS:
@@ -112,12 +116,20 @@ class DecodeConfig:
 def config_for(kinds: CacheKinds) -> DecodeConfig:
     """The frozen choice by head dimensions and rows."""
     tile_n = _tile_n(kinds.kinds)
-    box = math.gcd(kinds.page_size, tile_n) if kinds.page_size else tile_n
-    return DecodeConfig(kinds.kinds.head_dim, kinds.kinds.head_dim_v, kinds.rows, tile_n, box)
+    box = math.gcd(kinds.page_size, MAX_BOX)
+    return DecodeConfig(kinds.kinds.head_dim, kinds.kinds.head_dim_v, kinds.rows, tile_n, box, kinds.cluster)
 
 
 def _tile_n(kinds: Kinds) -> int:
     return 64 if kinds.head_dim + kinds.head_dim_v <= 256 else 32
+
+
+def cluster_of(heads_kv: int, teams: int) -> tuple[int, int]:
+    """Blocks of a cluster, along KV heads and teams: two that read one after the other, wherever that can be.
+
+    The two multiprocessors that share a port then ask for the same rows of memory at about the same time.
+    """
+    return (2, 1) if heads_kv % 2 == 0 else (1, 2) if teams % 2 == 0 else (1, 1)
 
 
 def rounded(rows: int) -> int:

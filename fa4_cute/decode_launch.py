@@ -16,7 +16,7 @@ from torch import Tensor
 from fa4_core.kvcache import CacheInputs, CacheProblem
 from fa4_core.work_space import work_space
 from fa4_cute import kernels
-from fa4_cute.decode_config import MOST_PARTS, CacheKinds, parts_of, rounded, slots_of
+from fa4_cute.decode_config import MOST_PARTS, CacheKinds, cluster_of, parts_of, rounded, slots_of
 from fa4_cute.launch import architecture_of, values_of
 
 DRAWS = 2
@@ -45,6 +45,7 @@ def kinds_of(problem: CacheProblem, with_lse: bool) -> CacheKinds:
         indexed=problem.meta("cache_batch_idx") is not None,
         padded=problem.meta("cache_leftpad") is not None,
         lse=with_lse,
+        cluster=cluster_of(attend.heads_kv, _teams(attend.device, attend.heads_kv)),
     )
 
 

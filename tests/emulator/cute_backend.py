@@ -166,7 +166,8 @@ def emulated_cute_decode(arch: str, *, programs: int = 3, seed: int = 0, **machi
 
     def compiled(kinds, sink_dtype, device):
         request = Request(arch, "fa4_cute.decode:Decode", (kinds,), (sink_dtype,))
-        options = {"dynamic_shared": config_for(kinds).shared_bytes, "tolerate": (), **machine}
+        # Of a tile that ends past its sequence, keys that nobody brought are read, as NaNs here, and then hidden.
+        options = {"dynamic_shared": config_for(kinds).shared_bytes, "tolerate": ("uninitialised read",), **machine}
 
         def call(*arguments) -> None:
             run(request, list(arguments), seed=seed, **options)
