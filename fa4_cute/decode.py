@@ -297,8 +297,7 @@ class Decode:
         blocks, boxes_of_tile = teams * heads, config.tile_n // config.box
         deal = find_share(team, teams, calls, window, config.tile_n)
         self._ready()  # after the first reads from memory, which take longer than the barriers
-        sequence, chunk, tile, left, last, last_tile = deal.share
-        passed = sequence
+        sequence, chunk, tile, left = deal.share
         draws, drawn, limit = start_draws(deal), deal.longest > 0, deal.limit
         # Where all sequences are drawn, each block's first is its own; further ones are asked for while the one before
         # is read: the first lane is told when that is on its way.
@@ -308,6 +307,9 @@ class Decode:
             given = Int32(0)
             if drawn and left == 0:
                 item = cute.arch.shuffle_sync(ask(counter), 0)
+        # In calls of many sequences, keys and values give way to what is read again: parts that wait long, queries. In
+        # calls of few, this costs a percent of the time.
+        policy = _policy("evict_first") if calls.batch > teams else _policy("evict_normal")
         at, turn, count = tiles.start(), runs.start(), Int32(1)
         while count > 0:
             if left == 0 and drawn:
@@ -315,7 +317,7 @@ class Decode:
                 sequence, draws = find_drawn(number, draws, calls, window, config.tile_n)
                 head, chunk, tile = item - number * heads, Int32(0), Int32(0)
             keys = keys_of(sequence, calls, window, config.tile_n)
-            count = cutlass.min(left, (last_tile if sequence == last else keys.tiles) - tile)
+            count = cutlass.min(left, keys.tiles - tile)
             left -= count
             if count == 0 and drawn and sequence < calls.batch:  # it was drawn: all of it
                 count = keys.tiles
@@ -340,8 +342,8 @@ class Decode:
                             if const_expr(tensors.pages is not None):
                                 row %= self.calls.page_size
                                 place = cute.arch.shuffle_sync(numbers, (tile - looked) * boxes_of_tile + r)
-                            self._bring(maps.k, maps.m_k, shared.k, head, place, row, r, tiles, at)
-                            self._bring(maps.v, maps.m_v, shared.v, head, place, row, r, tiles, at)
+                            self._bring(maps.k, maps.m_k, shared.k, head, place, row, r, tiles, at, policy)
+                            self._bring(maps.v, maps.m_v, shared.v, head, place, row, r, tiles, at, policy)
                     at = tiles.next(at)
                     tile += 1
                     if tile == looked + LANES // boxes_of_tile:
@@ -356,14 +358,8 @@ class Decode:
                 elif part == 1 and drawn and left == 0 and count > 0:
                     answer = ask(counter)
             if left > 0:
-                # What another block ends comes right after what another began: the parts of a sequence are then stored
-                # at about the same time, long before the call's end, and merged soon.
+                sequence = next_in_row(sequence + 1, limit, calls, window, config.tile_n)
                 chunk, tile = Int32(0), Int32(0)
-                if last >= 0 and sequence != last:
-                    sequence = last
-                else:
-                    passed = next_in_row(passed + 1, limit, calls, window, config.tile_n)
-                    sequence, last = passed, Int32(-1)
             elif drawn:
                 item = given + cute.arch.shuffle_sync(answer, 0)
         if drawn:
@@ -392,14 +388,14 @@ class Decode:
         return cutlass.min(cutlass.max(number, 0), maps.m_k.shape[3] - 1)
 
     @cute.jit
-    def _bring(self, atom, m_cache, s_tiles, head, block, row, r: cutlass.Constexpr[int], tiles, at):
-        """The r-th rows of a tile, from `row` of a block of the cache on."""
+    def _bring(self, atom, m_cache, s_tiles, head, block, row, r: cutlass.Constexpr[int], tiles, at, policy):
+        """The r-th rows of a tile, from `row` of a block of the cache on. policy: of the L2 cache."""
         rows = cute.domain_offset((row, 0), m_cache[None, None, head, block])
         box = (self.config.box, s_tiles.shape[1])
         g_box = cute.local_tile(rows, box, (0, 0))
         s_box = cute.local_tile(s_tiles[None, None, at.index], box, (r, 0))
         t_s, t_g = boxes(atom, s_box, g_box, 2)
-        cute.copy(atom, t_g, t_s, tma_bar_ptr=tiles.full_barrier(at))
+        cute.copy(atom, t_g, t_s, tma_bar_ptr=tiles.full_barrier(at), cache_policy=policy)
 
     @cute.jit
     def compute(self, tensors, shared, tiles, runs, work, values, cap):
@@ -619,15 +615,15 @@ class Decode:
                 line = shared.out[place.row, None, w]
                 for n in cutlass.range_constexpr(self.config.columns // 4):
                     four = cute.make_rmem_tensor(4, Float32)
-                    cute.autovec_copy(self._four(line, place, n), four)
+                    cute.autovec_copy(self._columns(line, 4, place, n), four)
                     for i in cutlass.range_constexpr(4):
                         chunk.out[4 * n + i] = _fma(four[i], factor, chunk.out[4 * n + i])
         self._sync()  # the next chunk's results go to the same place
         return chunk
 
-    def _four(self, line, place, n):
-        """The thread's n-th 4 columns of a row."""
-        return cute.local_tile(line, (4,), (place.column // 4 + self.config.row_threads * n,))
+    def _columns(self, line, words: int, place, n):
+        """The thread's n-th 4 columns of a row, which lie in so many words of `line`."""
+        return cute.local_tile(line, (words,), (place.column // 4 + self.config.row_threads * n,))
 
     @cute.jit
     def _sync(self):
@@ -741,10 +737,11 @@ class Decode:
             scale, lse = finish(whole.pivot[0], whole.row_sum[0], sink)
             line = cute.recast_tensor(tensors.out[sequence, position, head, None], Int32)
             for n in cutlass.range_constexpr(self.config.columns // 4):
+                pairs = cute.make_rmem_tensor(2, Int32)
                 for c in cutlass.range_constexpr(2):
                     at = 4 * n + 2 * c
-                    pair = pack(whole.out[at] * scale, whole.out[at + 1] * scale, self.dtype)
-                    line[2 * self.config.row_threads * n + place.column // 2 + c] = pair
+                    pairs[c] = pack(whole.out[at] * scale, whole.out[at + 1] * scale, self.dtype)
+                cute.autovec_copy(pairs, self._columns(line, 2, place, n))
             if const_expr(tensors.lse is not None):
                 if place.column == 0:
                     tensors.lse[sequence, head, position] = lse
@@ -771,11 +768,16 @@ def _rows_layout(tile: tuple[int, int], *slots: int) -> cute.ComposedLayout:
     return cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, plain)
 
 
+def _policy(priority: str) -> Int64:
+    """How the L2 cache treats what is read or written with it."""
+    return cute.arch.inline_ptx(
+        f"createpolicy.fractional.L2::{priority}.b64 {{$w0}};", write_only_types=[Int64], read_only_args=[]
+    )
+
+
 def _store_kept(pointer: cute.Pointer, numbers: list[Float32]) -> None:
     """Stores float32 numbers that will soon be read and given up, so that the L2 cache keeps them until then."""
-    policy = cute.arch.inline_ptx(
-        "createpolicy.fractional.L2::evict_last.b64 {$w0};", write_only_types=[Int64], read_only_args=[]
-    )
+    policy = _policy("evict_last")
     vector = ", ".join(f"{{$r{n + 2}}}" for n in range(len(numbers)))
     cute.arch.inline_ptx(
         f"st.global.L2::cache_hint.v{len(numbers)}.f32 [{{$r0}}], {{{vector}}}, {{$r1}};",

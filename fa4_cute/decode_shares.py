@@ -59,18 +59,12 @@ class Keys(NamedTuple):
 
 
 class Share(NamedTuple):
-    """A block's work: the sequence, the chunk and its first tile that it begins with, and its number of tiles.
-
-    last, last_tile: the sequence that it ends within and the tile before which it does; -1 and 0 where it ends with a
-    whole sequence.
-    """
+    """A block's work: the sequence, the chunk and its first tile that it begins with, and its number of tiles."""
 
     sequence: Int32
     chunk: Int32
     tile: Int32
     tiles: Int32
-    last: Int32
-    last_tile: Int32
 
 
 class Deal(NamedTuple):
@@ -163,7 +157,7 @@ def find_share(team: Int32, teams: Int32, calls: Calls, window: Window, tile_n: 
             longest = cute.arch.warp_redux_sync(longest, "max")
         else:
             limit, longest = Int32(0), Int32(0)
-    share = Share(Int32(0), Int32(0), Int32(0), Int32(0), Int32(-1), Int32(0))
+    share = Share(Int32(0), Int32(0), Int32(0), Int32(0))
     if shared > 0:
         cut = _cut(shared, team + cute.arch.lane_idx() % 2, teams)
         share = _between(cut, tiles, limit, calls, window, tile_n)
@@ -221,12 +215,10 @@ def _between(
     is_first = lane % 2 == 0
     sequence, before = first_sequence if is_first else last_sequence, before_first if is_first else before_last
     sequence, chunk, tile, place = _nearest_chunk(sequence, before, cut, calls, window, tile_n)
-    last, last_tile = cute.arch.shuffle_sync(sequence, 1), cute.arch.shuffle_sync(tile, 1)
     sequence, chunk, tile = (cute.arch.shuffle_sync(word, 0) for word in (sequence, chunk, tile))
-    tiles = cute.arch.shuffle_sync(place, 1) - cute.arch.shuffle_sync(place, 0)
     if tile == 0:
         sequence = next_in_row(sequence, limit, calls, window, tile_n)
-    return Share(sequence, chunk, tile, tiles, last if last_tile > 0 else Int32(-1), last_tile)
+    return Share(sequence, chunk, tile, cute.arch.shuffle_sync(place, 1) - cute.arch.shuffle_sync(place, 0))
 
 
 @cute.jit

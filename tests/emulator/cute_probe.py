@@ -68,7 +68,7 @@ class SoftcapProbe(_Probe):
 class SharesProbe:
     """Shares of teams and chunks of sequences of `lengths` keys, in tiles of `tile_n`.
 
-    shares (teams, 7): a share, and the most tiles of a sequence that is drawn. chunks (batch, 2 +
+    shares (teams, 5): sequence, chunk, tile, tiles, and the most tiles of a sequence that is drawn. chunks (batch, 2 +
     most chunks): tiles, their number, where they begin. order (n,): the sequences as they are drawn, then the batch.
     """
 
@@ -116,9 +116,9 @@ class SharesProbe:
             if cute.arch.lane_idx() == 0:
                 order[number] = drawn
         if cute.arch.lane_idx() == 0:
-            for n in cutlass.range_constexpr(len(deal.share)):
+            for n in cutlass.range_constexpr(4):
                 shares[team, n] = deal.share[n]
-            shares[team, len(deal.share)] = deal.longest
+            shares[team, 4] = deal.longest
             if team == 0:
                 for sequence in cutlass.range(0, calls.batch, unroll=1):
                     keys = keys_of(Int32(sequence), calls, window, self.tile_n)
