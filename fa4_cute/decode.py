@@ -294,7 +294,7 @@ class Decode:
         config, (calls, window, splits, heads) = self.config, work
         head, team, _ = cute.arch.block_idx()
         _, teams, _ = cute.arch.grid_dim()
-        blocks, boxes_of_tile = teams * heads, config.tile_n // config.box
+        blocks = teams * heads
         deal = find_share(team, teams, calls, window, config.tile_n)
         self._ready()  # after the first reads from memory, which take longer than the barriers
         sequence, chunk, tile, left = deal.share
@@ -307,9 +307,6 @@ class Decode:
             given = Int32(0)
             if drawn and left == 0:
                 item = cute.arch.shuffle_sync(ask(counter), 0)
-        # In calls of many sequences, keys and values give way to what is read again: parts that wait long, queries. In
-        # calls of few, this costs a percent of the time.
-        policy = _policy("evict_first") if calls.batch > teams else _policy("evict_normal")
         at, turn, count = tiles.start(), runs.start(), Int32(1)
         while count > 0:
             if left == 0 and drawn:
@@ -332,21 +329,18 @@ class Decode:
                 while tile < stop:
                     first = (keys.span.begin + tile) * config.tile_n
                     there = (keys.length - first + config.box - 1) // config.box  # boxes before the sequence's end
-                    there = cutlass.min(cutlass.max(there, 0), boxes_of_tile)
+                    there = cutlass.min(cutlass.max(there, 0), config.boxes)
                     tiles.acquire(at)
                     with cute.arch.elect_one():
-                        tiles.expect(at, there * (config.slot_bytes // boxes_of_tile))
-                    for r in cutlass.range_constexpr(boxes_of_tile):
-                        if r < there:
-                            row, place = keys.pad + first + r * config.box, numbers
-                            if const_expr(tensors.pages is not None):
-                                row %= self.calls.page_size
-                                place = cute.arch.shuffle_sync(numbers, (tile - looked) * boxes_of_tile + r)
-                            self._bring(maps.k, maps.m_k, shared.k, head, place, row, r, tiles, at, policy)
-                            self._bring(maps.v, maps.m_v, shared.v, head, place, row, r, tiles, at, policy)
+                        tiles.expect(at, there * (config.slot_bytes // config.boxes))
+                    number = (tile - looked) * config.boxes
+                    if calls.batch > teams:
+                        self._bring(maps, shared, head, numbers, number, keys.pad + first, there, tiles, at, True)
+                    else:
+                        self._bring(maps, shared, head, numbers, number, keys.pad + first, there, tiles, at, False)
                     at = tiles.next(at)
                     tile += 1
-                    if tile == looked + LANES // boxes_of_tile:
+                    if tile == looked + LANES // config.boxes:
                         numbers, looked = self._places(maps, tensors, calls, sequence, keys, tile), tile
                 if part == 0:
                     runs.acquire(turn)
@@ -388,14 +382,26 @@ class Decode:
         return cutlass.min(cutlass.max(number, 0), maps.m_k.shape[3] - 1)
 
     @cute.jit
-    def _bring(self, atom, m_cache, s_tiles, head, block, row, r: cutlass.Constexpr[int], tiles, at, policy):
-        """The r-th rows of a tile, from `row` of a block of the cache on. policy: of the L2 cache."""
-        rows = cute.domain_offset((row, 0), m_cache[None, None, head, block])
-        box = (self.config.box, s_tiles.shape[1])
-        g_box = cute.local_tile(rows, box, (0, 0))
-        s_box = cute.local_tile(s_tiles[None, None, at.index], box, (r, 0))
-        t_s, t_g = boxes(atom, s_box, g_box, 2)
-        cute.copy(atom, t_g, t_s, tma_bar_ptr=tiles.full_barrier(at), cache_policy=policy)
+    def _bring(self, maps, shared, head, numbers, number, first, there, tiles, at, once: cutlass.Constexpr[bool]):
+        """The first boxes of a tile, `there` of them, from row `first` of the cache, or of the sequence's pages, on.
+
+        once: with L2's evict_first. In calls of many sequences, keys and values give way to what is read again, as
+        parts that wait long for the others; in calls of few, where none does, the hint alone costs a percent.
+        """
+        config = self.config
+        policy = _policy("evict_first") if const_expr(once) else None
+        for r in cutlass.range_constexpr(config.boxes):
+            if r < there:
+                row, block = first + r * config.box, numbers
+                if const_expr(self.kinds.paged):
+                    row %= self.calls.page_size
+                    block = cute.arch.shuffle_sync(numbers, number + r)
+                for atom, m_cache, s_tiles in ((maps.k, maps.m_k, shared.k), (maps.v, maps.m_v, shared.v)):
+                    rows = cute.domain_offset((row, 0), m_cache[None, None, head, block])
+                    box = (config.box, s_tiles.shape[1])
+                    s_box = cute.local_tile(s_tiles[None, None, at.index], box, (r, 0))
+                    t_s, t_g = boxes(atom, s_box, cute.local_tile(rows, box, (0, 0)), 2)
+                    cute.copy(atom, t_g, t_s, tma_bar_ptr=tiles.full_barrier(at), cache_policy=policy)
 
     @cute.jit
     def compute(self, tensors, shared, tiles, runs, work, values, cap):

@@ -80,6 +80,11 @@ class DecodeConfig:
         return 32 * (WARPS + 1)
 
     @property
+    def boxes(self) -> int:
+        """Boxes of K, and of V, in a tile."""
+        return self.tile_n // self.box
+
+    @property
     def row_threads(self) -> int:
         """Threads that share a row of a folded result, 4 columns at a time."""
         return math.gcd(32 * WARPS // self.rows, self.head_dim_v // 4)
