@@ -5,12 +5,11 @@ what counts is that memory is never idle. Roles:
 
 - load (the last warp): finds the block's work (`decode_shares`), tells the others of it in runs, chunks of a sequence
   that follow one another, and brings their keys and values by TMA, as far ahead as the ring goes;
-- the other warps: the n-th tile of a chunk is warp `n % WARPS`'s, the last one's keys are shared out among all, so that
-  the chunk, and the call, ends sooner. Each has a softmax of its own and waits for no other until the chunk ends; then
-  their results are folded in order, through shared memory.
+- the other warps: the n-th tile of a chunk is warp `n % WARPS`'s. Each has a softmax of its own and waits for no other
+  until the chunk ends; then their results are folded in order, through shared memory.
 
-Rings (arrivals that complete a slot's full / empty barrier): tiles (TMA bytes / a lane of the warp whose tile it is, or
-of the first when all have read it); runs (the load warp's elected lane / every thread of the others).
+Rings (arrivals that complete a slot's full / empty barrier): tiles (TMA bytes / the warp whose tile it is); runs (the
+load warp's elected lane / every thread of the others).
 
 A chunk's result is folded into its sequence's in registers while one block has all that came before; else it goes to
 memory as a part, and the block that arrives last at the sequence's counter folds the parts, in the same order and by
@@ -26,7 +25,6 @@ Source: Dao et al., "Flash-Decoding for long-context inference" (2023) for the s
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import cutlass
@@ -162,8 +160,7 @@ class Decode:
         self.kinds = kinds.kinds
         self.config = config or config_for(kinds)
         self.dtype = DTYPES[self.kinds.dtype]
-        widths = (self.config.tile_n, self.config.keys_of_warp)
-        self.softmax = {n: Softmax(self.kinds, replace(self.config, tile_n=n), False) for n in widths}
+        self.softmax = Softmax(self.kinds, self.config, False)
         self.group = self.kinds.group
 
     def fake_arguments(self, sink_dtype: torch.dtype | None) -> list[Any]:
@@ -429,7 +426,6 @@ class Decode:
         head = pair - sequence * heads
         place = Place(head, thread // of_row, calls.rows_q * self.group, thread % of_row * 4)
         state, whole = self._state(thread % 32, values, cap), self._nothing()
-        narrow = self._narrowed(state)
         self._load_query(state, tensors.q, sequence, place)
         keys = keys_of(sequence, calls, window, config.tile_n)
         # Whether another block has the sequence's first chunks, and so this run's place among the parts.
@@ -439,24 +435,11 @@ class Decode:
             state.acc_o.fill(0.0)
             state.pivot.fill(-Float32.inf)
             state.row_sum.fill(0.0)
-            for n in cutlass.range(tile + warp_index, following - 1, WARPS, unroll=1):
-                at = self._cursor(done + n - tile)
-                first_key = (keys.span.begin + n) * config.tile_n
-                self._fold_keys(
-                    state, config.tile_n, shared.k, shared.v, tiles, at, keys, window, calls.rows_q, first_key
-                )
-                cute.arch.sync_warp()
-                with cute.arch.elect_one():
-                    tiles.release(at)
-            at = self._cursor(done + following - 1 - tile)
-            if warp_index < config.tile_n // config.keys_of_warp:
-                first_key = (keys.span.begin + following - 1) * config.tile_n + warp_index * config.keys_of_warp
-                s_k, s_v = [
-                    cute.local_tile(s, (config.keys_of_warp, s.shape[1], config.slots), (warp_index, 0, 0))
-                    for s in (shared.k, shared.v)
-                ]
-                self._fold_keys(narrow, config.keys_of_warp, s_k, s_v, tiles, at, keys, window, calls.rows_q, first_key)
-            part = self._fold_warps(state, shared, tiles, at, warp_index, place)
+            for n in cutlass.range(tile + warp_index, following, WARPS, unroll=1):
+                number = done + n - tile
+                at = Cursor(number % config.slots, number // config.slots % 2)
+                self._fold_tile(state, shared, tiles, at, keys, window, calls.rows_q, keys.span.begin + n)
+            part = self._fold_warps(state, shared, warp_index, place)
             if inherited:
                 self._store_part(splits, Int64(pair), ended, place, part)
             else:
@@ -510,22 +493,10 @@ class Decode:
                     pair = line[4 * n + state.lane % 4]
                 pairs[4 * (n // 2) + 2 * (n % 2) + r] = pair
 
-    def _narrowed(self, state: State) -> State:
-        """The same rows, with the keys of a tile that all warps share out."""
-        of_lane, wide = state.mma.get_slice(state.lane), self.config.keys_of_warp
-        return state._replace(
-            p=state.mma.make_fragment_A(of_lane.partition_shape_A((WARP_ROWS, wide))),
-            acc_s=cute.make_rmem_tensor(of_lane.partition_shape_C((WARP_ROWS, wide)), Float32),
-        )
-
     @cute.jit
-    def _cursor(self, number) -> Cursor:
-        """The place in the ring of the block's tile of that number."""
-        return Cursor(number % self.config.slots, number // self.config.slots % 2)
-
-    @cute.jit
-    def _fold_keys(self, state, wide: cutlass.Constexpr[int], s_k, s_v, tiles, at, keys, window, rows_q, first_key):
-        """Folds the keys of a tile, or a warp's of them, into the warp's state: rows of s_k and s_v in slot `at`."""
+    def _fold_tile(self, state, shared, tiles, at, keys, window, rows_q, tile):
+        """Folds a key tile into the warp's state, and lets go of its slot."""
+        config = self.config
         # A parity tells a lap from the one before it alone, and copies may end in another order: what another warp is
         # waiting for in this slot, one lap back, may not be there yet. So until that warp has let go of it, as the load
         # warp does. It cannot be two laps back: all tiles of chunks before are done, behind a barrier, and so is this
@@ -535,16 +506,20 @@ class Decode:
         tiles.wait(at)
         if keys.span.begin < keys.span.end:  # else what was read is nobody's
             state.acc_s.fill(0.0)
-            self._multiply(state, state.acc_s, state.q, s_k, at.index, False)
-            near = self.softmax[wide].cap(state, True)
-            tile = first_key // self.config.tile_n
+            self._multiply(state, state.acc_s, state.q, shared.k, at.index, False)
+            near = self.softmax.cap(state, True)
             if tile < keys.span.full_begin or tile >= keys.span.full_end:
-                self._hide(state, s_v, at.index, keys, window, rows_q, first_key, wide)
-            moved, factor = self.softmax[wide].weigh(state, near, True)
-            self.softmax[wide].rescale(state, moved, factor)
-            self.softmax[wide].round(state)
-            by_column = cute.make_ordered_layout((s_v.shape[1], wide, self.config.slots), order=(1, 0, 2))
-            self._multiply(state, state.acc_o, state.p, cute.composition(s_v, by_column), at.index, True)
+                self._hide(state, shared.v, at.index, keys, window, rows_q, tile)
+            moved, factor = self.softmax.weigh(state, near, True)
+            self.softmax.rescale(state, moved, factor)
+            self.softmax.round(state)
+            s_vt = cute.composition(
+                shared.v, cute.make_ordered_layout((config.head_dim_v, config.tile_n, config.slots), order=(1, 0, 2))
+            )
+            self._multiply(state, state.acc_o, state.p, s_vt, at.index, True)
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            tiles.release(at)
 
     @cute.jit
     def _multiply(self, state, acc, a, s_b, slot, transpose: cutlass.Constexpr[bool]):
@@ -559,27 +534,29 @@ class Decode:
             cute.gemm(state.mma, acc, a[None, None, depth], fragment[None, None, depth], acc)
 
     @cute.jit
-    def _hide(self, state, s_v, slot, keys, window, rows_q, first_key, wide: cutlass.Constexpr[int]):
+    def _hide(self, state, s_v, slot, keys, window, rows_q, tile):
         """Hides the scores of keys that their row does not see, and zeros the values that no row sees.
 
         Those may be anything, and 0 times a NaN would show.
         """
+        config = self.config
+        first_key = tile * config.tile_n
         for r in cutlass.range_constexpr(2):
             position = cutlass.min((state.lane // 4 + 8 * r) // self.group, rows_q - 1)
             first, end = visible_keys(position, rows_q, keys.length, window)
             column = first_key + state.lane % 4 * 2
             first, end = first - column, end - column
-            for j in cutlass.range_constexpr(wide // 8):
+            for j in cutlass.range_constexpr(config.tile_n // 8):
                 for c in cutlass.range_constexpr(2):
                     at = 4 * j + 2 * r + c
                     visible = 8 * j + c < end and 8 * j + c >= first
                     state.acc_s[at] = state.acc_s[at] if visible else -Float32.inf
         first, _ = visible_keys(Int32(0), rows_q, keys.length, window)
         _, end = visible_keys(rows_q - 1, rows_q, keys.length, window)
-        pieces = self.config.head_dim_v // 8  # of a row, 16 bytes each
+        pieces = config.head_dim_v // 8  # of a row, 16 bytes each
         zeros = cute.make_rmem_tensor(8, self.dtype)
         zeros.fill(0.0)
-        for at in cutlass.range(state.lane, wide * pieces, 32, unroll=1):
+        for at in cutlass.range(state.lane, config.tile_n * pieces, 32, unroll=1):
             key = first_key + at // pieces
             if key < first or key >= end:
                 line = s_v[at // pieces, None, slot]
@@ -613,8 +590,8 @@ class Decode:
         whole.pivot[0] = highest
 
     @cute.jit
-    def _fold_warps(self, state, shared, tiles, at, warp_index, place):
-        """The chunk's result: those of the warps, in their order. Lets go of the slot that all have read."""
+    def _fold_warps(self, state, shared, warp_index, place):
+        """The chunk's result: those of the warps, in their order."""
         rows = place.rows
         for r in cutlass.range_constexpr(2):
             row = state.lane // 4 + 8 * r
@@ -631,9 +608,6 @@ class Decode:
                     shared.statistics[0, row, warp_index] = state.pivot[r]
                     shared.statistics[1, row, warp_index] = total
         self._sync()
-        if warp_index == 0:
-            with cute.arch.elect_one():
-                tiles.release(at)
         chunk = self._nothing()
         if place.row < rows:
             pivots = [shared.statistics[0, place.row, w] for w in range(WARPS)]

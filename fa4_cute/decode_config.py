@@ -17,7 +17,6 @@ WARP_ROWS = 16
 """Query rows of a tile: those of a warp's matrix product."""
 WARPS = 4
 """Warps that compute, each on key tiles of its own."""
-MMA_DEPTH = 16
 MAX_SLOTS = 12
 ROOM = 1152
 """Bytes for barriers, words and alignment."""
@@ -84,11 +83,6 @@ class DecodeConfig:
     def boxes(self) -> int:
         """Boxes of K, and of V, in a tile."""
         return self.tile_n // self.box
-
-    @property
-    def keys_of_warp(self) -> int:
-        """Keys that a warp takes of a tile that all share out: the depth of a matrix product, at least."""
-        return max(MMA_DEPTH, self.tile_n // WARPS)
 
     @property
     def row_threads(self) -> int:
