@@ -294,7 +294,7 @@ class Decode:
         config, (calls, window, splits, heads) = self.config, work
         head, team, _ = cute.arch.block_idx()
         _, teams, _ = cute.arch.grid_dim()
-        blocks = teams * heads
+        blocks, at_once = teams * heads, LANES // config.boxes
         deal = find_share(team, teams, calls, window, config.tile_n)
         self._ready()  # after the first reads from memory, which take longer than the barriers
         sequence, chunk, tile, left = deal.share
@@ -318,8 +318,11 @@ class Decode:
             left -= count
             if count == 0 and drawn and sequence < calls.batch:  # it was drawn: all of it
                 count = keys.tiles
-            begin = tile
-            numbers, looked, end = self._places(maps, tensors, calls, sequence, keys, tile), tile, tile + count
+            begin, looked, end = tile, tile, tile + count
+            numbers = self._places(maps, tensors, calls, sequence, keys, tile)
+            ahead = numbers
+            if const_expr(self.kinds.paged):
+                ahead = self._places(maps, tensors, calls, sequence, keys, tile + at_once)
             for part in cutlass.range(3, unroll=1):
                 stop = cutlass.min(tile + 1, end)  # then the other warps are told of the run
                 if part == 1:
@@ -340,8 +343,11 @@ class Decode:
                         self._bring(maps, shared, head, numbers, number, keys.pad + first, there, tiles, at, False)
                     at = tiles.next(at)
                     tile += 1
-                    if tile == looked + LANES // config.boxes:
-                        numbers, looked = self._places(maps, tensors, calls, sequence, keys, tile), tile
+                    if const_expr(self.kinds.paged):
+                        if tile == looked + at_once:
+                            # Asked for so long before that they are there.
+                            numbers, looked = ahead, tile
+                            ahead = self._places(maps, tensors, calls, sequence, keys, tile + at_once)
                 if part == 0:
                     runs.acquire(turn)
                     with cute.arch.elect_one():
@@ -366,9 +372,10 @@ class Decode:
 
     @cute.jit
     def _places(self, maps, tensors, calls, sequence, keys, tile):
-        """Where keys lie in the cache's first dimension, clamped: the batch element, or pages.
+        """Where keys lie in the cache's first dimension: the batch element, clamped, or pages.
 
-        Pages are those of the boxes from a tile on, one a lane.
+        Pages are those of the boxes from a tile on, one a lane, and whatever the device says: nothing is done with them
+        here, so that nothing waits for them.
         """
         config = self.config
         sequence = cutlass.min(sequence, calls.batch - 1)
@@ -379,6 +386,10 @@ class Decode:
             number = tensors.pages[sequence, key // self.calls.page_size]
         if const_expr(tensors.indices is not None):
             number = tensors.indices[sequence]
+        return number if const_expr(self.kinds.paged) else self._clamped(maps, number)
+
+    def _clamped(self, maps, number):
+        """A number that the cache's first dimension has."""
         return cutlass.min(cutlass.max(number, 0), maps.m_k.shape[3] - 1)
 
     @cute.jit
@@ -395,7 +406,7 @@ class Decode:
                 row, block = first + r * config.box, numbers
                 if const_expr(self.kinds.paged):
                     row %= self.calls.page_size
-                    block = cute.arch.shuffle_sync(numbers, number + r)
+                    block = self._clamped(maps, cute.arch.shuffle_sync(numbers, number + r))
                 for atom, m_cache, s_tiles in ((maps.k, maps.m_k, shared.k), (maps.v, maps.m_v, shared.v)):
                     rows = cute.domain_offset((row, 0), m_cache[None, None, head, block])
                     box = (config.box, s_tiles.shape[1])

@@ -57,8 +57,8 @@ class CacheKinds(NamedTuple):
 class DecodeConfig:
     """Tiles and slots of one kernel.
 
-    rows: of O that are folded. box: rows that TMA brings at a time, of one page if there are pages. cluster: blocks
-    that are launched on neighbouring multiprocessors, along KV heads and teams.
+    rows: of O that are folded. box: rows that TMA brings at a time, of one page if there are pages. cluster: see
+    `cluster_of`.
     """
 
     head_dim: int
@@ -130,9 +130,9 @@ def _tile_n(kinds: Kinds) -> int:
 
 
 def cluster_of(heads_kv: int, teams: int) -> tuple[int, int]:
-    """Blocks of a cluster, along KV heads and teams: two that read one after the other, wherever that can be.
+    """Blocks of a cluster, along KV heads and teams: two, neighbouring heads', where that can be.
 
-    The two multiprocessors that share a port then ask for the same rows of memory at about the same time.
+    They run on neighbouring multiprocessors, keep in step, and so read the same rows of memory at about the same time.
     """
     return (2, 1) if heads_kv % 2 == 0 else (1, 2) if teams % 2 == 0 else (1, 1)
 

@@ -34,8 +34,8 @@ class _Call(NamedTuple):
     wide_sink: bool
 
 
-def kinds_of(problem: CacheProblem, with_lse: bool) -> CacheKinds:
-    """What a call's kernel is compiled for. with_lse: whether the LSE is wanted."""
+def kinds_of(problem: CacheProblem, with_lse: bool, cluster: tuple[int, int]) -> CacheKinds:
+    """What a call's kernel is compiled for. with_lse: whether the LSE is wanted. cluster: see `cluster_of`."""
     attend, kinds = problem.attend, problem.attend.kinds
     return CacheKinds(
         kinds=kinds,
@@ -45,7 +45,7 @@ def kinds_of(problem: CacheProblem, with_lse: bool) -> CacheKinds:
         indexed=problem.meta("cache_batch_idx") is not None,
         padded=problem.meta("cache_leftpad") is not None,
         lse=with_lse,
-        cluster=cluster_of(attend.heads_kv, _teams(attend.device, attend.heads_kv)),
+        cluster=cluster,
     )
 
 
@@ -55,10 +55,12 @@ def _call_of(problem: CacheProblem, with_lse: bool) -> _Call:
     sink = problem.meta("sink")
     sink_dtype = None if sink is None else sink.dtype
     wide_sink = sink_dtype == torch.float64  # which no kernel reads
+    teams = _teams(attend.device, attend.heads_kv)
+    kinds = kinds_of(problem, with_lse, cluster_of(attend.heads_kv, teams))
     return _Call(
-        kernel=_kernel(kinds_of(problem, with_lse), torch.float32 if wide_sink else sink_dtype, attend.device),
+        kernel=_kernel(kinds, torch.float32 if wide_sink else sink_dtype, attend.device),
         values=values_of(attend),
-        sizes=(problem.appended, problem.num_splits, slots_of(problem), _teams(attend.device, attend.heads_kv)),
+        sizes=(problem.appended, problem.num_splits, slots_of(problem), teams),
         n_parts=parts_of(problem),
         n_arrivals=attend.batch * attend.heads_kv + DRAWS,
         wide_sink=wide_sink,
@@ -66,8 +68,12 @@ def _call_of(problem: CacheProblem, with_lse: bool) -> _Call:
 
 
 def _teams(device: torch.device, heads_kv: int) -> int:
-    """Teams of blocks, one for each KV head, that share the work of a call. Results do not depend on it."""
-    return max(1, torch.cuda.get_device_properties(device).multi_processor_count // heads_kv)
+    """Teams of blocks, one for each KV head, that share the work of a call. Results do not depend on it.
+
+    An even number where that of the heads is odd, so that the blocks make clusters of two.
+    """
+    teams = torch.cuda.get_device_properties(device).multi_processor_count // heads_kv
+    return max(1, teams - teams % 2 if heads_kv % 2 else teams)
 
 
 @functools.lru_cache(maxsize=1024)
