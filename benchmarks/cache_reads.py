@@ -41,7 +41,8 @@ class Variant:
     deal: "ranges", equal ones, a block; "turns", item by item; "drawn", from a counter, as blocks get there. chunk:
     tiles of an item. heads: KV heads whose rows a tile holds. slots: tiles on their way. store: bytes of a part that is
     stored after each item. keep: the part with L2's evict_last. late: items after which a part is discarded from L2,
-    before which that may have written it back; -1 for never. once: tiles with L2's evict_first.
+    before which that may have written it back; -1 for never. once: tiles with L2's evict_first. cluster: blocks that
+    are launched side by side.
     """
 
     name: str
@@ -53,12 +54,16 @@ class Variant:
     keep: bool = False
     late: int = -1
     once: bool = False
+    cluster: int = 1
 
 
 VARIANTS = (
     Variant("equal ranges"),
     Variant("equal ranges, 4 slots", slots=4),
+    Variant("equal ranges, clusters of 2", cluster=2),
+    Variant("equal ranges, clusters of 2, tiles once", once=True, cluster=2),
     Variant("tile by tile", "turns"),
+    *(Variant(f"by {n} in turns", "turns", n) for n in (2, 4, 8)),
     *(Variant(f"drawn by {n}", "drawn", n) for n in (4, 8, 16, 32)),
     *(Variant(f"drawn by {n}, {h} heads", "drawn", n, h) for h in (2, 8) for n in (4, 8)),
     *(Variant(f"drawn by {n}, parts", "drawn", n, store=4096) for n in (4, 8, 16)),
@@ -120,6 +125,7 @@ def ptx(variant: Variant) -> str:
     mov.u64 %before0, %part; setp.eq.u64 %p, {given_up}, 0; @%p bra STORED;
     cp.async.bulk.wait_group {variant.late};{"".join(discards)}
 STORED:"""
+    clustered = f".reqntid 32, 1, 1\n.reqnctapercluster {variant.cluster}, 1, 1\n" if variant.cluster > 1 else ""
     return f"""
 .version 8.4
 .target sm_90a
@@ -127,7 +133,7 @@ STORED:"""
 .extern .shared .align 1024 .b8 shared[];
 .visible .entry reads(.param .u64 p_k, .param .u64 p_v, .param .u32 p_groups, .param .u32 p_tiles,
     .param .u32 p_sequence_tiles, .param .u64 p_times, .param .u64 p_counter, .param .u64 p_parts)
-{{
+{clustered}{{
     .reg .pred %p;
     .reg .b32 %n, %block, %blocks, %team, %teams, %groups, %tiles, %of_sequence, %items, %item, %drawn, %tile, %end;
     .reg .b32 %head, %first_head, %sequence, %row, %zero, %issued, %index, %lap, %bars, %ring, %full, %slot, %to;
@@ -226,8 +232,9 @@ class Kernel:
         return torch.tensor(list((ctypes.c_uint8 * 128).from_address(aligned)), dtype=torch.uint8).to(cache.device)
 
     def blocks(self, groups: int, sms: int) -> int:
-        """One a multiprocessor; ranges are of one head group each."""
-        return sms // groups * groups if self.variant.deal == "ranges" else sms
+        """One a multiprocessor, in whole clusters; ranges are of one head group each."""
+        blocks = sms // groups * groups if self.variant.deal == "ranges" else sms
+        return blocks // self.variant.cluster * self.variant.cluster
 
     def launch(self, blocks: int, *arguments: Any) -> None:
         """Launches on the current stream."""
