@@ -187,6 +187,7 @@ class Decode:
             Int32(1),
             Int32(1),
             Int32(1),
+            Int32(1),
             fake_numbers(Float32, 1, align=16),
             fake_numbers(Int32, 1),
             make_fake_stream(use_tvm_ffi_env_stream=True),
@@ -215,11 +216,16 @@ class Decode:
         wanted: Int32,
         slots: Int32,
         teams: Int32,
+        cluster: Int32,
         parts: cute.Tensor,
         arrivals: cute.Tensor,
         stream,
     ):
-        """Launches `teams` blocks for each KV head."""
+        """Launches `teams` blocks for each KV head.
+
+        cluster: blocks of neighbouring heads that are launched on neighbouring multiprocessors, where they keep in step
+        and read the same rows of memory at about the same time.
+        """
         config, load = self.config, cpasync.CopyBulkTensorTileG2SOp()
         box_k, box_v = (config.box, config.head_dim), (config.box, config.head_dim_v)
         maps = Maps(
@@ -239,7 +245,7 @@ class Decode:
         ).launch(
             grid=[heads, teams, 1],
             block=[config.threads, 1, 1],
-            cluster=[*config.cluster, 1],
+            cluster=[cluster, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
         )
@@ -397,7 +403,8 @@ class Decode:
         """The first boxes of a tile, `there` of them, from row `first` of the cache, or of the sequence's pages, on.
 
         once: with L2's evict_first. In calls of many sequences, keys and values give way to what is read again, as
-        parts that wait long for the others; in calls of few, where none does, the hint alone costs a percent.
+        parts that wait long for the others, unless it is pages that sequences share; in calls of few, where none waits,
+        the hint alone costs a percent.
         """
         config = self.config
         policy = _policy("evict_first") if const_expr(once) else None

@@ -40,7 +40,7 @@ class CacheKinds(NamedTuple):
 
     rows: query rows of a sequence and KV head, rounded up to 4, 8 or 16. page_size: rows of a page, 0 for a contiguous
     cache. lengths, indexed, padded, lse: whether there are cache_seqlens, cache_batch_idx and cache_leftpad tensors,
-    and whether the LSE is wanted. cluster: see `cluster_of`.
+    and whether the LSE is wanted.
     """
 
     kinds: Kinds
@@ -50,15 +50,13 @@ class CacheKinds(NamedTuple):
     indexed: bool
     padded: bool
     lse: bool
-    cluster: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
     """Tiles and slots of one kernel.
 
-    rows: of O that are folded. box: rows that TMA brings at a time, of one page if there are pages. cluster: see
-    `cluster_of`.
+    rows: of O that are folded. box: rows that TMA brings at a time, of one page if there are pages.
     """
 
     head_dim: int
@@ -66,7 +64,6 @@ class DecodeConfig:
     rows: int
     tile_n: int
     box: int
-    cluster: tuple[int, int]
 
     def __post_init__(self) -> None:
         if self.slots < WARPS:
@@ -122,19 +119,11 @@ def config_for(kinds: CacheKinds) -> DecodeConfig:
     """The frozen choice by head dimensions and rows."""
     tile_n = _tile_n(kinds.kinds)
     box = math.gcd(kinds.page_size, MAX_BOX)
-    return DecodeConfig(kinds.kinds.head_dim, kinds.kinds.head_dim_v, kinds.rows, tile_n, box, kinds.cluster)
+    return DecodeConfig(kinds.kinds.head_dim, kinds.kinds.head_dim_v, kinds.rows, tile_n, box)
 
 
 def _tile_n(kinds: Kinds) -> int:
     return 64 if kinds.head_dim + kinds.head_dim_v <= 256 else 32
-
-
-def cluster_of(heads_kv: int, teams: int) -> tuple[int, int]:
-    """Blocks of a cluster, along KV heads and teams: two, neighbouring heads', where that can be.
-
-    They run on neighbouring multiprocessors, keep in step, and so read the same rows of memory at about the same time.
-    """
-    return (2, 1) if heads_kv % 2 == 0 else (1, 2) if teams % 2 == 0 else (1, 1)
 
 
 def rounded(rows: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fa4_core.kvcache import CacheInputs, CacheProblem
 from fa4_core.work_space import work_space
 from fa4_cute import kernels
-from fa4_cute.decode_config import MOST_PARTS, CacheKinds, cluster_of, parts_of, rounded, slots_of
+from fa4_cute.decode_config import MOST_PARTS, CacheKinds, parts_of, rounded, slots_of
 from fa4_cute.launch import architecture_of, values_of
 
 DRAWS = 2
@@ -34,8 +34,8 @@ class _Call(NamedTuple):
     wide_sink: bool
 
 
-def kinds_of(problem: CacheProblem, with_lse: bool, cluster: tuple[int, int]) -> CacheKinds:
-    """What a call's kernel is compiled for. with_lse: whether the LSE is wanted. cluster: see `cluster_of`."""
+def kinds_of(problem: CacheProblem, with_lse: bool) -> CacheKinds:
+    """What a call's kernel is compiled for. with_lse: whether the LSE is wanted."""
     attend, kinds = problem.attend, problem.attend.kinds
     return CacheKinds(
         kinds=kinds,
@@ -45,7 +45,6 @@ def kinds_of(problem: CacheProblem, with_lse: bool, cluster: tuple[int, int]) ->
         indexed=problem.meta("cache_batch_idx") is not None,
         padded=problem.meta("cache_leftpad") is not None,
         lse=with_lse,
-        cluster=cluster,
     )
 
 
@@ -55,12 +54,11 @@ def _call_of(problem: CacheProblem, with_lse: bool) -> _Call:
     sink = problem.meta("sink")
     sink_dtype = None if sink is None else sink.dtype
     wide_sink = sink_dtype == torch.float64  # which no kernel reads
-    teams = _teams(attend.device, attend.heads_kv)
-    kinds = kinds_of(problem, with_lse, cluster_of(attend.heads_kv, teams))
+    teams, cluster = _teams(attend.device, attend.heads_kv), 2 - attend.heads_kv % 2
     return _Call(
-        kernel=_kernel(kinds, torch.float32 if wide_sink else sink_dtype, attend.device),
+        kernel=_kernel(kinds_of(problem, with_lse), torch.float32 if wide_sink else sink_dtype, attend.device),
         values=values_of(attend),
-        sizes=(problem.appended, problem.num_splits, slots_of(problem), teams),
+        sizes=(problem.appended, problem.num_splits, slots_of(problem), teams, cluster),
         n_parts=parts_of(problem),
         n_arrivals=attend.batch * attend.heads_kv + DRAWS,
         wide_sink=wide_sink,
@@ -68,12 +66,8 @@ def _call_of(problem: CacheProblem, with_lse: bool) -> _Call:
 
 
 def _teams(device: torch.device, heads_kv: int) -> int:
-    """Teams of blocks, one for each KV head, that share the work of a call. Results do not depend on it.
-
-    An even number where that of the heads is odd, so that the blocks make clusters of two.
-    """
-    teams = torch.cuda.get_device_properties(device).multi_processor_count // heads_kv
-    return max(1, teams - teams % 2 if heads_kv % 2 else teams)
+    """Teams of blocks, one for each KV head, that share the work of a call. Results do not depend on it."""
+    return max(1, torch.cuda.get_device_properties(device).multi_processor_count // heads_kv)
 
 
 @functools.lru_cache(maxsize=1024)

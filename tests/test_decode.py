@@ -187,7 +187,7 @@ def test_every_configuration_covers_every_column_and_row(few, dims):
         seqused_k=True, paged=True, window_left=False, window_right=False, softcap=False, sink=False, kv_cache=True,
     )  # fmt: skip
     for page in (0, 8, 24, 256):
-        config = decode_config.config_for(decode_config.CacheKinds(kinds, few, page, True, False, False, False, (2, 1)))
+        config = decode_config.config_for(decode_config.CacheKinds(kinds, few, page, True, False, False, False))
         columns = [
             4 * thread + 4 * config.row_threads * n + i
             for thread in range(config.row_threads) for n in range(config.columns // 4) for i in range(4)

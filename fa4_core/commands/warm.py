@@ -85,9 +85,8 @@ def run_warm(
                 wanted.append(_Kernel(f"forward {head_dim}, {dtype}", lacks, compiled))
         for page in pages:
             step = _decode_step(head_dim, DTYPES[dtype], group, page, causal)
-            for heads_kv in (1, 2):  # kernels for odd numbers of KV heads differ from those for even ones
-                compiled = functools.partial(_compile_decode, step, decode_config.cluster_of(heads_kv, 2), arch)
-                wanted.append(_Kernel(f"decode {head_dim}, {dtype}", decode_config.missing(step), compiled))
+            compiled = functools.partial(_compile_decode, step, arch)
+            wanted.append(_Kernel(f"decode {head_dim}, {dtype}", decode_config.missing(step), compiled))
     there = [kernel for kernel in wanted if not kernel.lacks]
     for kernel in track(there, f"compiling for {arch}", console=console):
         kernel.compile()
@@ -97,10 +96,10 @@ def run_warm(
     console.print(f"{len(there)} kernels are in {cache.folder()}")
 
 
-def _compile_decode(step: CacheProblem, cluster: tuple[int, int], arch: str) -> None:
+def _compile_decode(step: CacheProblem, arch: str) -> None:
     from fa4_cute import decode_launch, kernels
 
-    kernels.decode(decode_launch.kinds_of(step, False, cluster), None, arch)
+    kernels.decode(decode_launch.kinds_of(step, False), None, arch)
 
 
 def _forward_kinds(head_dim: int, dtype: torch.dtype, group: int, varlen: bool, causal: bool) -> Kinds:
