@@ -403,8 +403,8 @@ class Decode:
         """The first boxes of a tile, `there` of them, from row `first` of the cache, or of the sequence's pages, on.
 
         once: with L2's evict_first. In calls of many sequences, keys and values give way to what is read again, as
-        parts that wait long for the others, unless it is pages that sequences share; in calls of few, where none waits,
-        the hint alone costs a percent.
+        parts that wait long for the others (so do pages that sequences share, which are read again, too); in calls of
+        few, where none waits, the hint alone costs a percent.
         """
         config = self.config
         policy = _policy("evict_first") if const_expr(once) else None

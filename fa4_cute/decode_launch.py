@@ -54,7 +54,8 @@ def _call_of(problem: CacheProblem, with_lse: bool) -> _Call:
     sink = problem.meta("sink")
     sink_dtype = None if sink is None else sink.dtype
     wide_sink = sink_dtype == torch.float64  # which no kernel reads
-    teams, cluster = _teams(attend.device, attend.heads_kv), 2 - attend.heads_kv % 2
+    teams = _teams(attend.device, attend.heads_kv)
+    cluster = 1 if attend.heads_kv % 2 else 2
     return _Call(
         kernel=_kernel(kinds_of(problem, with_lse), torch.float32 if wide_sink else sink_dtype, attend.device),
         values=values_of(attend),
