@@ -653,14 +653,17 @@ class Decode:
     def _sync(self):
         cute.arch.barrier(barrier_id=COMPUTE_BARRIER, number_of_threads=THREADS)
 
+    def _part_floats(self, place) -> Int32:
+        """float32 numbers of a part."""
+        return place.rows * self.kinds.head_dim_v + PART_EXTRA
+
     @cute.jit
     def _part(self, splits, pair, place):
         """Where the thread's columns of a pair's first part lie, the pivot and the sum of their row, and a part's size.
 
         For a thread that has no row, those of the last.
         """
-        dim = self.kinds.head_dim_v
-        size = place.rows * dim + PART_EXTRA
+        dim, size = self.kinds.head_dim_v, self._part_floats(place)
         part = splits.parts.iterator + pair * splits.slots * size
         row = cutlass.min(place.row, place.rows - 1)
         statistics = part + (place.rows * dim + 2 * cutlass.min(place.row, self.config.rows - 1))
@@ -744,7 +747,7 @@ class Decode:
     def _give_up(self, splits, pair, chunks, place):
         """Discards a pair's parts, which have been read, from L2, so that they are never written to memory."""
         thread, _, _ = cute.arch.thread_idx()
-        part_bytes = 4 * (place.rows * self.kinds.head_dim_v + PART_EXTRA)
+        part_bytes = 4 * self._part_floats(place)
         first = splits.parts.iterator.toint() + pair * splits.slots * part_bytes
         self._sync()
         for line in cutlass.range(thread, chunks * (part_bytes // LINE), THREADS, unroll=1):
