@@ -249,16 +249,16 @@ def main(
     calls: Annotated[str, typer.Option(hidden=True, help="Make a set's calls in this process.")] = "",
 ) -> None:
     """Runs kernels under compute-sanitizer and writes a record of what it finds."""
+    for option, given, accepted in (("--tool", tool, TOOLS), ("--backend", backend, BACKENDS)):
+        unknown = [name for name in given or () if name not in accepted]
+        if unknown:
+            raise typer.BadParameter(f"{option}: got {unknown[0]}, accepted are {', '.join(accepted)}")
     if not torch.cuda.is_available():
         raise typer.BadParameter("there is no CUDA device here")
     device = default_device()
     if calls:
         make_calls(SETS[calls], device)
         return
-    for option, given, accepted in (("--tool", tool, TOOLS), ("--backend", backend, BACKENDS)):
-        unknown = [name for name in given or () if name not in accepted]
-        if unknown:
-            raise typer.BadParameter(f"{option}: got {unknown[0]}, accepted are {', '.join(accepted)}")
     sanitizer = find_sanitizer()
     titles = []
     for title, chosen in SETS.items():

@@ -620,6 +620,12 @@ def test_what_a_sanitizer_printed_is_clean_without_findings_and_with_right_resul
     assert ("output" in found) != clean
 
 
+@pytest.mark.parametrize(("option", "accepted"), [("tool", "memcheck, racecheck"), ("backend", "triton, cute")])
+def test_an_unknown_name_is_refused_before_any_sanitizer_runs(option, accepted):
+    with pytest.raises(typer.BadParameter, match=f"--{option}: got valgrind, accepted are {accepted}"):
+        sanitize.main(**{option: [accepted.split(", ")[0], "valgrind"]})
+
+
 def test_the_sanitizers_record_has_an_entry_for_every_set(monkeypatch, tmp_path):
     """A script stands in for the tool; where there is none, that is said."""
     tool = tmp_path / "compute-sanitizer"
